@@ -1,7 +1,7 @@
 r"""bpe.py - lecture 1: tokenization.
 What   text -> token ids and back: characters, bytes, words, and byte-pair encoding (BPE) trained, stored, applied, written to disk.
 """
-import argparse, codecs, gzip, hashlib, heapq, itertools, json, os, re, signal, sys, threading, time, unicodedata
+import argparse, ast, codecs, functools, gc, gzip, hashlib, heapq, itertools, json, os, re, signal, sys, threading, time, unicodedata
 import multiprocessing as mp
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
@@ -12,7 +12,7 @@ import numpy as np
 import regex                                         # re has no \p{L} (any letter of any script)
 
 EOT = "<|endoftext|>"                                # ends every document of a token file
-GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _AFTER_GPT2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT4_PATTERN = _AFTER_GPT2 % "{1,3}"                 # digits in threes; Llama-3 uses the same, Qwen2 one digit a token
@@ -23,13 +23,18 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": GPT4_PATTERN, 
 
 def split_special(text, special_tokens):
     """Pieces of text, special tokens as pieces of their own; of overlapping ones the longest wins."""
-    if not special_tokens: return [text]
-    return re.split("(" + "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) + ")", text)
+    return special_regex(tuple(special_tokens)).split(text) if special_tokens else [text]
+
+
+@functools.lru_cache(64)
+def special_regex(special_tokens):
+    return re.compile("(" + "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) + ")")
 
 
 def train_bpe_naive(text, vocab_size, special_tokens=(), pattern=GPT2_PATTERN):
     """Count every adjacent pair, merge the most frequent, start again: O(merges * text).  The oracle of train_bpe."""
-    pieces = [p for part in split_special(text, special_tokens) if part not in special_tokens
+    documents = [text] if isinstance(text, str) else read_documents(text)          # a str is text, a Path a file
+    pieces = [p for text in documents for part in split_special(text, special_tokens)[::2]
               for p in regex.findall(pattern, part)]
     words = Counter(tuple(bytes([b]) for b in p.encode()) for p in pieces)
     merges = []
@@ -153,8 +158,8 @@ def file_blocks(path, errors="strict", start=0, end=None):
         f.seek(start)
         while True:
             block = f.read(BLOCK if end is None else min(BLOCK, end - at))
-            if b"\0" in block:
-                raise ValueError(f"{path}: not a text file (NUL byte at offset {at + block.index(0)})")
+            if b"\0" in block and errors == "strict":
+                raise ValueError(f"{path}: not a text file (NUL byte at offset {at + block.index(0)}); --errors replace reads on")
             pending = len(decoder.getstate()[0])
             try: text = decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
@@ -182,7 +187,8 @@ def jsonl_documents(path, errors):
 
 def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
     """(piece, ends a document) of all files, in order.  A document longer than BLOCK comes in several pieces if the cutter
-    can cut it, so memory stays bounded; without a cutter every document is one piece.  Empty documents are left out."""
+    can cut it, so memory stays bounded; without a cutter every document is one piece.  EOT ends a document:
+    none begins after the last one."""
     for path in paths:
         path = Path(path)
         if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; give --data a text file or a folder of them")
@@ -207,8 +213,7 @@ def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
 
 def document_pieces(documents, cutter):
     for document in documents:
-        if not document: continue
-        parts = deque(cutter.pieces(slices(document), BLOCK) if cutter else [document])
+        parts = deque(cutter.pieces(slices(document), BLOCK) if cutter and document else [document])
         while parts: yield parts.popleft(), not parts
 
 
@@ -228,7 +233,10 @@ _worker = None
 
 def _start_worker(function, args):
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is the parent's to handle, who then ends the workers
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.stderr = open(os.devnull, "w")               # errors travel with the result; a worker that is ended has none
+    gc.disable()                                     # millions of strings, no cycles: a quarter of the time
     parent = mp.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()     # no orphans
     _worker = lambda task: function(task, *args)
@@ -258,7 +266,7 @@ def parallel_map(function, tasks, num_processes, *args):
         pool.shutdown(cancel_futures=True)
 
 
-def batches(pieces, size=4 * BLOCK):
+def batches(pieces, size):
     """Lists of pieces of about `size` characters: one task each."""
     batch, n = [], 0
     for piece in pieces:
@@ -302,28 +310,30 @@ class Splitter:
     """Text -> pre-tokens.  Units (a word and the white space before it) repeat, so the slow regex sees each once."""
 
     def __init__(self, pattern):
-        try: self.regex = regex.compile(pattern)
+        try: self.any = regex.compile(pattern)
         except regex.error as e: raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from None
-        if self.regex.groups: raise ValueError(f"pattern {pattern!r} has capture groups; write (?:...)")
+        if self.any.groups: raise ValueError(f"pattern {pattern!r} has capture groups; write (?:...)")
         self.known = pattern in PATTERNS.values()
         self.unit = UNIT if pattern == GPT2_PATTERN else UNIT_LINES
+        self.ascii = re.compile(ascii_twin(pattern), re.ASCII) if self.known else self.any
 
     def units(self, text): return self.unit.findall(text) if self.known else [text]
+    def pieces(self, unit): return (self.ascii if unit.isascii() else self.any).findall(unit)
 
-    def pieces(self, unit):
-        out = self.regex.findall(unit)
-        if not self.known and "".join(out) != unit:
-            raise ValueError(f"pattern {self.regex.pattern!r} leaves out part of {unit[:40]!r}")
-        return out
+
+def ascii_twin(pattern):
+    """The pattern for ASCII text, where re, twice as fast as regex, can do it: letters are a-zA-Z, numbers 0-9."""
+    def plain(m): return m[0].replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
+    return re.sub(r"\\p{.}", r"[\g<0>]", re.sub(r"\[[^]]*\]", plain, pattern)).replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
 
 
 def count_pieces(batch, splitter, special_tokens):
     """Counter of pre-tokens (bytes) of a batch of (text, last) pieces."""
-    units, words = Counter(), Counter()
+    units, words = Counter(), {}
     for text, _ in batch:
         for part in split_special(text, special_tokens)[::2]: units.update(splitter.units(part))
     for unit, n in units.items():
-        for piece in splitter.pieces(unit): words[piece] += n
+        for piece in splitter.pieces(unit): words[piece] = words.get(piece, 0) + n
     return {piece.encode(): n for piece, n in words.items()}
 
 
@@ -355,7 +365,7 @@ def train_pieces(pieces, vocab_size, special_tokens, pattern=GPT2_PATTERN, num_p
     check_training(vocab_size, special_tokens)
     progress = progress or Progress("count", 0, False)
     counts, done = Counter(), 0
-    for part in parallel_map(count_pieces, batches(pieces), num_processes or default_processes(), Splitter(pattern),
+    for part in parallel_map(count_pieces, batches(pieces, 16 * BLOCK), num_processes or default_processes(), Splitter(pattern),
                              special_tokens):
         counts.update(part)
         done += sum(map(len, part))
@@ -460,7 +470,7 @@ class BPETokenizer:
         self.normalizer, self.ignore_merges, self.ordinary_added = normalizer, ignore_merges, frozenset(ordinary_added)
         names = list(special_tokens or ())
         if "" in names or len(set(names)) < len(names):
-            raise ValueError(f"special tokens {names} must be distinct and not empty")
+            raise ValueError(f"special tokens {names}: one is empty or repeated")
         known = {token: i for i, token in sorted(self.vocab.items())}     # of equal tokens the last is the special one
         self.special_tokens = dict(special_tokens) if isinstance(special_tokens, dict) else {}
         for s in names:
@@ -473,10 +483,12 @@ class BPETokenizer:
 
     def _prepare(self):
         special = set(self.special_tokens.values())
-        self.ids = {token: i for i, token in sorted(self.vocab.items(), reverse=True) if i not in special}
-        for token in [bytes([b]) for b in range(256)] + [a + b for a, b in self.merges]:
-            if token not in self.ids: raise ValueError(f"vocab lacks the token {token!r}, which bytes or merges make")
-        self._byte_id = np.array([self.ids[bytes([b])] for b in range(256)], np.int64)
+        plain = {bytes([b]) for b in range(256)} | {a + b for a, b in self.merges}
+        order = sorted(self.vocab, key=lambda i: (i not in special, -i))  # of equal tokens the ordinary, then lowest id wins
+        self.ids = {self.vocab[i]: i for i in order if i not in special or self.vocab[i] in plain}
+        for a, b in self.merges:
+            if not {a, b, a + b} <= self.ids.keys(): raise ValueError(f"vocab lacks a part of the merge {a!r} {b!r}")
+        self._byte_id = np.array([self.ids.get(bytes([b]), -1) for b in range(256)], np.int64)
         used, made = {}, {}
         for rank, (a, b) in enumerate(self.merges):
             used.setdefault(a, rank), used.setdefault(b, rank)
@@ -493,7 +505,9 @@ class BPETokenizer:
         self._splitter = Splitter(self.pattern)
         self._cut = None if not self._splitter.known else CUT if self.normalizer is None else CUT_NFC
         self._cache, self._cached = {}, 0
-        self._table = [self.vocab.get(i, b"") for i in range(self.vocab_size)]
+        table = [self.vocab.get(i, b"") for i in range(self.vocab_size)]
+        self._bytes, self._size = np.frombuffer(b"".join(table), np.uint8), np.array([len(t) for t in table])
+        self._start = np.cumsum(self._size) - self._size
 
     # -- text -> ids
     def encode(self, text, allowed_special="all"):
@@ -502,16 +516,22 @@ class BPETokenizer:
 
     def encode_array(self, text, allowed_special="all"):
         """encode as an array of uint32."""
-        try: text.encode()
-        except UnicodeEncodeError as e:
-            raise ValueError(f"text holds a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}: not Unicode text; "
-                             f'try text.encode("utf-8", "replace").decode()') from None
         specials = self._allowed(allowed_special)
-        out = []
-        for i, part in enumerate(split_special(text, specials)):
-            if i % 2: out.append(np.uint32(specials[part]).tobytes())
-            else: out += map(self._encode_block, Cutter(self._cut).pieces(slices(part), BLOCK))
-        return np.frombuffer(b"".join(out), np.uint32)
+        parts = split_special(text, specials)
+        parts[::2] = self.encode_texts(parts[::2])
+        parts[1::2] = [np.uint32(specials[s]).tobytes() for s in parts[1::2]]
+        return np.frombuffer(b"".join(parts), np.uint32)
+
+    def encode_texts(self, texts):
+        """ids of each text, as ordinary text, packed as uint32 (bytes).  Many texts at once cost less than one by one."""
+        done, ids = [], []
+        for batch in batches(document_pieces(texts, Cutter(self._cut)), BLOCK):
+            for (_, last), packed in zip(batch, self._encode_batch([text for text, _ in batch])):
+                ids.append(packed)
+                if last:
+                    done.append(b"".join(ids))
+                    ids = []
+        return done
 
     def _allowed(self, allowed_special):
         if isinstance(allowed_special, str) and allowed_special == "all": return self.special_tokens
@@ -519,22 +539,35 @@ class BPETokenizer:
         if unknown: raise ValueError(f"allowed_special {sorted(unknown)} are no special tokens: {list(self.special_tokens)}")
         return {s: self.special_tokens[s] for s in allowed_special}
 
-    def _encode_block(self, text):
-        """Ordinary text -> packed ids."""
-        if self.normalizer: text = unicodedata.normalize(self.normalizer, text)
-        units, cache = self._splitter.units(text), self._cache
-        new = set(units).difference(cache)
-        if new:
-            self._cached += sum(map(len, new))
-            if self._cached > self.CACHE:            # a new dictionary: other threads may still read the old one
-                self._cache = cache = {}
-                new = set(units)
-                self._cached = sum(map(len, new))
-            split = {unit: self._splitter.pieces(unit) for unit in new}
-            words = list({piece for pieces in split.values() for piece in pieces})
-            ids = dict(zip(words, self._merge([w.encode() for w in words])))
-            for unit, pieces in split.items(): cache[unit] = b"".join([ids[p] for p in pieces])
-        return b"".join(map(cache.__getitem__, units))
+    def _encode_batch(self, texts):
+        """A unit's ids are worked out once and then copied from the cache."""
+        for text in texts:
+            try: text.encode()
+            except UnicodeEncodeError as e:
+                raise ValueError(f"text holds a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}: not Unicode; "
+                                 'text.encode("utf-8", "replace").decode() makes it "?"') from None
+        if self.normalizer: texts = [unicodedata.normalize(self.normalizer, text) for text in texts]
+        units = [self._splitter.units(text) for text in texts]
+        cache = self._learn(set(itertools.chain.from_iterable(units)))
+        return [b"".join(map(cache.__getitem__, of_text)) for of_text in units]
+
+    def _learn(self, units):
+        """The cache {unit: packed ids}, with these units in it."""
+        cache, new = self._cache, units.difference(self._cache)
+        self._cached += sum(map(len, new))
+        if self._cached > self.CACHE:                # start again; another thread may still read the old dictionary
+            self._cache = cache = {}
+            new, self._cached = units, sum(map(len, units))
+        if not new: return cache
+        split = {unit: self._splitter.pieces(unit) for unit in new}
+        if not self._splitter.known and any("".join(pieces) != unit for unit, pieces in split.items()):
+            raise ValueError(f"pattern {self.pattern!r} leaves out part of the text")
+        words = list(set(itertools.chain.from_iterable(split.values())))
+        ids = dict(zip(words, self._merge([w.encode() for w in words])))
+        if self.ignore_merges:
+            ids |= {w: np.uint32(self.ids[w.encode()]).tobytes() for w in words if w.encode() in self.ids}
+        for unit, pieces in split.items(): cache[unit] = b"".join([ids[piece] for piece in pieces])
+        return cache
 
     def _merge(self, words):
         """words (bytes) -> packed ids: in every round each word merges its pair of lowest rank, all words at once."""
@@ -542,6 +575,7 @@ class BPETokenizer:
         size = np.fromiter(map(len, words), np.int64, len(words))
         ids = self._byte_id[np.frombuffer(b"".join(words), np.uint8)]
         name = np.arange(len(words))
+        if (ids < 0).any(): raise ValueError("the text has a byte that the vocabulary lacks")
         while len(name):
             start = np.cumsum(size) - size
             pair = ids[:-1] * self.vocab_size + ids[1:]
@@ -567,14 +601,22 @@ class BPETokenizer:
         """ids of "".join(chunks), lazily, for every way to cut the text.  Holds back at most the text since the last place
         where the pre-tokenizer cuts for certain: memory is bounded by the longest run without such a place."""
         cutter = Cutter(self._cut, self._allowed(allowed_special))
-        for piece in cutter.pieces(chunks): yield from self.encode(piece, allowed_special)
+        for piece in cutter.pieces(part for chunk in chunks for part in slices(chunk)): yield from self.encode(piece, allowed_special)
 
     # -- ids -> text
     def decode_bytes(self, ids):
-        ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids), np.int64)
-        bad = (ids < 0) | (ids >= self.vocab_size)
-        if bad.any(): raise ValueError(f"id {ids[bad][0]} is outside the vocabulary of {self.vocab_size}")
-        return b"".join(map(self._table.__getitem__, ids.tolist()))
+        """The bytes of ids (a list or, faster, an array): every token's bytes gathered from one table of all."""
+        if not isinstance(ids, np.ndarray): ids = np.fromiter(ids, np.int64)
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
+            bad = next(i for i in ids.tolist() if not 0 <= i < self.vocab_size)
+            raise ValueError(f"id {bad} is outside the vocabulary of {self.vocab_size:} ids, 0 to {self.vocab_size - 1}")
+        out = []
+        for block in (ids[i:i + (1 << 14)] for i in range(0, len(ids), 1 << 14)):          # what fits the processor's cache
+            size = self._size[block]
+            end = np.cumsum(size)
+            at = np.repeat(self._start[block] - (end - size), size) + np.arange(size.sum())
+            out.append(self._bytes[at].tobytes())
+        return b"".join(out)
 
     def decode(self, ids, errors="replace"):
         """Text of ids; bytes that are not UTF-8 become U+FFFD."""
@@ -665,7 +707,7 @@ def parse_tokenizer(data):
     for field in ("truncation", "padding"):
         if data.get(field): raise ValueError(f"{field} = {data[field]!r} is not supported; remove it from the file")
     normalizer = (data.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"): raise ValueError(f"normalizer {normalizer!r} is not supported (NFC or none)")
+    if normalizer not in (None, "NFC"): raise ValueError(f"normalizer {data['normalizer']} is not supported (NFC or none)")
     added = data.get("added_tokens") or []
     for t in added:
         flags = [f for f in ("single_word", "lstrip", "rstrip") if t.get(f)] + ["normalized"] * bool(normalizer and t.get("normalized"))
@@ -681,13 +723,12 @@ def parse_tokenizer(data):
 def parse_pattern(pre):
     """ByteLevel(use_regex) or [Split(regex, Isolated), ByteLevel]."""
     steps = (pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]) if pre else []
-    if [s["type"] for s in steps] not in (["ByteLevel"], ["Split", "ByteLevel"]):
-        raise ValueError(f"pre_tokenizer {[s['type'] for s in steps]} is not supported (ByteLevel, or Split and ByteLevel)")
-    if steps[-1].get("add_prefix_space"): raise ValueError("pre_tokenizer ByteLevel: add_prefix_space is not supported")
-    if steps[-1].get("use_regex", True) != (len(steps) == 1): raise ValueError("pre_tokenizer ByteLevel: unexpected use_regex")
+    bad = [s["type"] for s in steps] not in (["ByteLevel"], ["Split", "ByteLevel"]) or steps[-1].get("add_prefix_space") \
+        or steps[-1].get("use_regex", True) != (len(steps) == 1)
+    if not bad and len(steps) == 2:
+        bad = steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or "Regex" not in steps[0]["pattern"]
+    if bad: raise ValueError(f"pre_tokenizer {pre} is not supported: ByteLevel, or Split (Regex, Isolated) and ByteLevel")
     if len(steps) == 1: return GPT2_PATTERN
-    if steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or "Regex" not in steps[0]["pattern"]:
-        raise ValueError(f"pre_tokenizer Split {steps[0]} is not supported (Regex, Isolated, not inverted)")
     return steps[0]["pattern"]["Regex"]
 
 
@@ -705,19 +746,18 @@ def write_atomic(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
+    except OSError as e: raise OSError(e.errno, f"{e.strerror or e}: nothing was written to", str(path)) from None
+    finally:
+        if part.parent.is_dir(): part.unlink(missing_ok=True)
 
 
 def encode_batch(batch, tokenizer, dtype):
-    """(packed ids with EOT after each document, tokens, bytes of text, documents)."""
-    end = np.array([tokenizer.eot_id], dtype).tobytes()
-    out, size, documents = [], 0, 0
-    for text, last in batch:
-        out.append(tokenizer.encode_array(text, ()).astype(dtype).tobytes())
-        if last: out.append(end)
-        size += len(text.encode())
-        documents += last
-    return b"".join(out), size, documents
+    """(packed ids with EOT after each document, bytes of text, documents)."""
+    end = np.uint32(tokenizer.eot_id).tobytes()
+    packed = tokenizer.encode_texts([text for text, _ in batch])
+    ids = b"".join([p + end if last else p for p, (_, last) in zip(packed, batch)])
+    return (np.frombuffer(ids, np.uint32).astype(dtype).tobytes(), sum(len(text.encode()) for text, _ in batch),
+            sum(last for _, last in batch))
 
 
 def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, progress=False, errors="strict", **extra):
@@ -745,7 +785,7 @@ def encode_pieces(tokenizer, pieces, out_path, num_processes, progress, **extra)
             "tokenizer": tokenizer.hash(), **extra}
 
     def write(f):
-        for data, size, documents in parallel_map(encode_batch, batches(pieces), num_processes or default_processes(),
+        for data, size, documents in parallel_map(encode_batch, batches(pieces, 4 * BLOCK), num_processes or default_processes(),
                                                   tokenizer, dtype):
             f.write(data)
             info["tokens"] += len(data) // dtype.itemsize
@@ -867,17 +907,15 @@ def split_sources(data, val, errors):
 
 
 def line_end(path):
-    """Byte offset of the first line end after 95% of the file (of the last before, if there is none)."""
+    """Byte offset where the last 5% of a file begin: after the next line end, or else the next blank or character."""
     size = path.stat().st_size
     with open(path, "rb") as f:
-        start = size * 95 // 100
-        f.seek(start)
-        i = f.readline() and f.tell()
-        if 0 < i < size: return i
-        f.seek(0)
-        i = f.read(start).rfind(b"\n") + 1
-        if 0 < i: return i
-    raise ValueError(f"{path}: one line only, nothing to hold out; give the validation text with --val FILE")
+        f.seek(size * 95 // 100)
+        tail = f.read()
+    for edge in (rb"\n(?=.)", rb"(?= .)", rb"(?=[\x00-\x7f\xc0-\xff])"):
+        m = re.search(edge, tail, re.S)
+        if m and size - len(tail) + m.end(): return size - len(tail) + m.end()
+    raise ValueError(f"{path}: {size} bytes are too few to hold some out; give the validation text with --val FILE")
 
 
 def prepare(out, data=None, val=None, vocab_size=4096, num_processes=None, errors="strict", tokenizer=None, log=print):
@@ -916,5 +954,301 @@ def held_out_bytes(out):
     return tok.decode_bytes(ids[ids != tok.eot_id])
 
 
+CORPORA = {                                          # name: (training file, validation file) of the usual public corpora
+    "tinyshakespeare": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
+    "tinystories": [f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{part}.txt"
+                    for part in ("train", "valid")],
+    "owt": [f"https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_{part}.txt.gz"
+            for part in ("train", "valid")],
+    "fineweb-edu": ["https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet"],
+}
+
+
+def fetch(name, out="out/corpus", base=None, progress=False):
+    """Downloads a public corpus into a folder -> its files, [training] or [training, validation], ready for prepare.
+
+    base replaces https://host, so that a mirror (or a test) can serve the same paths.  An interrupted download goes on
+    where it stopped; a finished file is checked (length, and sha256 where the server names it) before it gets its name."""
+    if name not in CORPORA: raise ValueError(f"corpus {name!r} is unknown; there are: {', '.join(CORPORA)}")
+    files = []
+    for url in CORPORA[name]:
+        if base: url = base.rstrip("/") + "/" + url.split("/", 3)[3]
+        path = Path(out, name + "-" + url.rsplit("/", 1)[1])
+        done = path.with_suffix(".jsonl.gz") if path.suffix == ".parquet" else path
+        if not done.exists():
+            if not path.exists(): download(url, path, progress)
+            if done != path: parquet_to_jsonl(path, done)
+        files.append(done)
+    return files
+
+
+def download(url, path, progress=False):
+    """url -> path by way of path.part, which a second call continues."""
+    import urllib.error, urllib.request
+    tags = []
+
+    class Redirect(urllib.request.HTTPRedirectHandler):                   # the hub names the sha256 before it redirects
+        def redirect_request(self, request, body, code, message, headers, location):
+            tags.append(headers.get("X-Linked-ETag") or "")
+            return super().redirect_request(request, body, code, message, headers, location)
+
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    have = part.stat().st_size if part.exists() else 0
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.build_opener(Redirect).open(request, timeout=30) as r, open(part, "ab" if r.status == 206 else "wb") as f:
+            have = f.tell()
+            total = have + int(r.headers.get("Content-Length") or 0)
+            tags.append(r.headers.get("ETag") or "")
+            bar = Progress(path.name, total, progress)
+            while block := r.read(BLOCK):
+                f.write(block)
+                have += len(block)
+                bar(have)
+            bar.close()
+    except urllib.error.HTTPError as e:
+        if e.code == 416: part.unlink()              # nothing is left to send: the .part is no beginning of this file
+        raise OSError(f"{url}: the server says {e.code} {e.reason}; download it another way to {path}, or run this again") from None
+    except (urllib.error.URLError, OSError) as e:
+        raise OSError(f"{url}: cannot be fetched ({e}); with a network run this again (it goes on at {have:,} bytes), or put the "
+                      f"file at {path}, or train on your own text: --data FILE") from None
+    if total and have != total: raise OSError(f"{url}: {have:,} of {total:,} bytes came; run this again to go on")
+    want = next((t.strip('"') for t in tags if re.fullmatch('"?[0-9a-f]{64}"?', t)), None)
+    with open(part, "rb") as f: got = hashlib.file_digest(f, "sha256").hexdigest()
+    if want and got != want:
+        part.unlink()
+        raise OSError(f"{url}: sha256 is {got}, the server says {want}; removed, run this again")
+    os.replace(part, path)
+
+
+def parquet_to_jsonl(path, out):
+    """The column "text" of a parquet file as .jsonl.gz."""
+    try: import pyarrow.parquet as parquet
+    except ImportError: raise RuntimeError(f"{path} is parquet: pip install pyarrow, then run this again") from None
+
+    def write(f):
+        with gzip.open(f, "wt", encoding="utf-8") as z:
+            for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+                for text in batch.column(0).to_pylist(): z.write(json.dumps({"text": text}) + "\n")
+    write_atomic(out, write)
+
+
+# --- 9. demo: what the lecture claims, measured -----------------------------------------------------------------------
+
+SAMPLES = {
+    "English": "A tokenizer decides what the model sees: words it has met become one id, new ones fall apart into pieces.",
+    "Python": "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n",
+    "German": "Der Zerteiler bestimmt, was das Modell sieht: Bekanntes wird eine Zahl, Unbekanntes zerfällt in Stücke.",
+    "Russian": "Токенизатор решает, что увидит модель: знакомое слово станет одним числом, новое распадётся на части.",
+    "Hindi": "मॉडल वही देखता है जो टोकनाइज़र उसे दिखाता है।",
+    "Chinese": "分词器决定模型看到什么：见过的词成为一个编号，没见过的词会被拆开。",
+    "emoji": "Hello, 🌍! 你好! 👩‍🚀🚀✨",
+}
+
+
+def docstrings(files):
+    """One text a file: all its docstrings, the prose among the code."""
+    for f in files:
+        tree = ast.parse(f.read_bytes())
+        docs = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        if any(docs): yield "\n\n".join(filter(None, docs))
+
+
+def prefix_tokenizer(tok, size):
+    """The tokenizer of a smaller vocabulary: the first merges of a larger one."""
+    merges = tok.merges[:size - 257]
+    return BPETokenizer(make_vocab(merges, [EOT]), merges, [EOT])
+
+
+def demo_trainers(text):
+    """Naive against incremental: the same merges."""
+    start = time.perf_counter()
+    naive = train_bpe_naive(text, 500, [EOT])
+    middle = time.perf_counter()
+    fast = train_pieces([(text, True)], 500, [EOT], num_processes=1)
+    slow_s, fast_s = middle - start, time.perf_counter() - middle
+    print(f"1  training 243 merges on {len(text) / 1e3:.0f} kB\n"
+          f"   naive {slow_s:.2f} s | incremental {fast_s:.2f} s | {slow_s / fast_s:.0f}x | identical merges: {naive == fast}")
+
+
+def demo_ratios(tok, words):
+    print(f"2  bytes per token: BPE is trained on Python, {tok.vocab_size:,} tokens; word: {words.vocab_size:,} words")
+    print(f"   {'text':10}{'character':>10}{'byte':>7}{'word':>7}{'BPE':>7}   words unknown | 'character' predicted 1, 2 or 3 by UTF-8")
+    for name, text in SAMPLES.items():
+        ids = [t.encode(text) for t in (CharacterTokenizer(), ByteTokenizer(), words, tok)]
+        assert tok.decode(ids[3]) == text
+        print(f"   {name:10}" + "".join(f"{compression_ratio(text, i):>{w}.2f}" for i, w in zip(ids, (10, 7, 7, 7)))
+              + f"   {ids[2].count(0) / len(ids[2]):.0%}")
+
+
+def demo_domains(code, prose, val_code, val_prose):
+    print(f"3  two vocabularies of {code.vocab_size:,}: longest tokens, and bytes per token on held-out text")
+    print(f"   {'trained on':12}{'on code':>9}{'on prose':>9}   longest tokens")
+    for name, tok in (("code", code), ("docstrings", prose)):
+        longest = sorted((t for i, t in tok.vocab.items() if i > 256), key=len, reverse=True)
+        longest = [t.decode(errors="replace") for t in longest if t.strip(b" -=#*_\n")][:4]
+        print(f"   {name:12}{compression_ratio(val_code, tok.encode(val_code)):>9.2f}"
+              f"{compression_ratio(val_prose, tok.encode(val_prose)):>9.2f}   {' '.join(map(repr, longest))}")
+
+
+def demo_speed(tok, text):
+    print(f"4  throughput on {len(text) / 1e6:.1f} MB of held-out code, one process, and the Pile (825 GB)")
+    fresh, ids = BPETokenizer(tok.vocab, tok.merges, tok.special_tokens), tok.encode_array(text)
+    for name, work in [("encode, cold cache", lambda: fresh.encode_array(text)), ("encode, warm", lambda: fresh.encode_array(text)),
+                       ("decode", lambda: fresh.decode_bytes(ids))]:
+        start = time.perf_counter()
+        work()
+        rate = len(text.encode()) / (time.perf_counter() - start)
+        print(f"   {name:20}{rate / 1e6:7.1f} MB/s {825e9 / rate / 3600:8.1f} hours for the Pile on one core")
+
+
+def demo_vocab_sizes(tok, text, out):
+    sizes = [s for s in (257, 512, 1024, 2048, 4096, 8192, 16384) if s <= tok.vocab_size]
+    ratios = [compression_ratio(text, prefix_tokenizer(tok, s).encode(text)) for s in sizes]
+    print("5  vocabulary size -> bytes per token on held-out code (every doubling buys less)")
+    print("   " + " | ".join(f"{s:,} {r:.2f}" for s, r in zip(sizes, ratios)))
+    try: import matplotlib
+    except ImportError: return print("   no plot: matplotlib is not installed (pip install matplotlib)")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    fig, ax = plt.subplots(figsize=(6, 4))
+    ax.semilogx(sizes, ratios, "o-", base=2)
+    ax.set(xlabel="vocabulary size", ylabel="bytes per token", title="BPE on held-out Python source")
+    ax.grid(alpha=0.3)
+    fig.savefig(out / "bpe.png", dpi=120, bbox_inches="tight")
+    plt.close(fig)
+    print(f"   plot: {out / 'bpe.png'}")
+
+
+def demo(out=Path("out")):
+    """The lecture: every claim of the docstring, measured on the embedded corpus."""
+    out.mkdir(parents=True, exist_ok=True)
+    train, val = split_files(corpus_files())
+    texts, held = [f.read_bytes().decode() for f in train], "".join(f.read_bytes().decode() for f in val)
+    print(f"corpus: the Python standard library, {len(train)} files, {sum(map(len, texts)) / 1e6:.1f} MB; held out {len(val)} files")
+    demo_trainers("".join(texts)[:130_000])
+    large = BPETokenizer(*train_pieces(((t, True) for t in texts), 16384, [EOT]), [EOT])
+    code = prefix_tokenizer(large, 4096)
+    prose = BPETokenizer(*train_pieces(((t, True) for t in docstrings(train)), 4096, [EOT]), [EOT])
+    demo_ratios(code, WordTokenizer("".join(texts[:200])))
+    demo_domains(code, prose, held, "\n".join(docstrings(val)))
+    demo_speed(code, held * 4)
+    demo_vocab_sizes(large, held, out)
+
+
+# --- 10. the command line ---------------------------------------------------------------------------------------------
+
+def check_writable(folder):
+    """Before the work, not after it: can `folder` be made and written?"""
+    near = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK): raise OSError(f"{folder}: cannot be written ({near} is no writable folder)")
+
+
+def run_train(a):
+    check_writable(a.out)
+    special = a.special if EOT in a.special else [EOT, *a.special]
+    start, files = time.monotonic(), text_files(a.data)
+    vocab, merges = train_bpe(files, a.vocab_size, special, pattern=PATTERNS[a.pattern], num_processes=a.processes,
+                              errors=a.errors, progress=True)
+    BPETokenizer(vocab, merges, special, PATTERNS[a.pattern]).save(Path(a.out, "tokenizer.json"))
+    longest = max(merges, key=lambda m: len(m[0] + m[1]), default=(b"", b""))
+    few = f" (the text has no more pairs to merge: {a.vocab_size} were asked for)" if len(vocab) < a.vocab_size else ""
+    print(f"{Path(a.out, 'tokenizer.json')}: {len(vocab):,} tokens{few}, longest {longest[0] + longest[1]!r}, "
+          f"{time.monotonic() - start:.1f} s")
+
+
+def run_encode(a):
+    tok = load_tokenizer(a.tokenizer)
+    if a.data == ["-"]: return print(*tok.encode(sys.stdin.buffer.read().decode("utf-8", a.errors)))
+    if a.out: check_writable(Path(a.out).parent)
+    else: raise ValueError("--out is missing: give the token file to write, as in --out out/x.bin")
+    info = encode_files(tok, text_files(a.data), a.out, a.processes, progress=True, errors=a.errors)
+    print(f"{a.out}: {info['tokens']:,} tokens of {info['documents']:,} documents, {info['bytes'] / max(1, info['tokens']):.2f} bytes per token")
+
+
+def run_decode(a):
+    tok = load_tokenizer(a.tokenizer)
+    ids = load_tokens(a.file, tok) if a.file else np.array([int(i) for i in sys.stdin.read().split()], np.int64)
+    for i in range(0, len(ids), BLOCK): sys.stdout.buffer.write(tok.decode_bytes(ids[i:i + BLOCK]))
+
+
+def run_show(a):
+    tok = load_tokenizer(a.tokenizer)
+    if a.text is not None:
+        ids = tok.encode(a.text)
+        print("".join(f"[{tok.decode([i])}]" for i in ids))
+        return print(f"{len(ids)} tokens, {compression_ratio(a.text, ids):.2f} bytes per token: {' '.join(map(str, ids))}")
+    lengths = Counter(len(t) for i, t in tok.vocab.items() if i not in tok.special_tokens.values())
+    print(f"{tok.vocab_size:,} ids, {len(tok.merges):,} merges, hash {tok.hash()}, special {tok.special_tokens}\npattern {tok.pattern}")
+    print("bytes: tokens of that length  " + ", ".join(f"{n}: {c:,}" for n, c in sorted(lengths.items())))
+    print("longest:", *(repr(t.decode(errors="replace")) for t in sorted(tok.vocab.values(), key=len, reverse=True)[:10]))
+
+
+def run_prepare(a):
+    data = fetch(a.corpus, Path(a.out, "corpus"), progress=True) if a.corpus else a.data
+    val = a.val or (data[1:] if a.corpus else None)
+    prepare(a.out, data[:1] if a.corpus else data, val or None, a.vocab_size, a.processes, a.errors, a.tokenizer)
+
+
+def run_fetch(a): print(*fetch(a.name, a.out, progress=True), sep="\n")
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, *args, **options): super().__init__(*args, allow_abbrev=False, **options)
+    def error(self, message): self.exit(2, f"bpe.py: error: {message}; {self.prog} -h lists what there is\n")
+
+
+def parser():
+    p = Parser(prog="python bpe.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(dest="command", metavar="train|encode|decode|show|prepare|fetch")
+    flags = {
+        "--data": dict(nargs="+", metavar="PATH", help="text files or folders (.txt .md .py ... .jsonl .gz)"),
+        "--tokenizer": dict(metavar="FILE", help="a tokenizer.json"),
+        "--vocab_size": dict(type=int, default=4096, metavar="N", help="tokens (default 4096)"),
+        "--out": dict(metavar="PATH", help="what to write"),
+        "--pattern": dict(choices=sorted(PATTERNS), default="gpt2", help="pre-tokenizer (default gpt2)"),
+        "--special": dict(nargs="*", default=[EOT], metavar="TOKEN", help=f"special tokens ({EOT} is always one)"),
+        "--processes": dict(type=int, metavar="N", help="worker processes (default: one a core)"),
+        "--errors": dict(choices=["strict", "replace"], default="strict", help="invalid UTF-8 stops, or becomes U+FFFD"),
+        "--val": dict(nargs="+", metavar="PATH", help="validation text (default: 5%% of the data)"),
+        "--corpus": dict(choices=sorted(CORPORA), help="a public corpus to fetch instead of --data"),
+        "--text": dict(metavar="TEXT", help="text to cut into tokens"),
+        "file": dict(nargs="?", metavar="FILE.bin", help="token file (default: ids on stdin)"),
+        "name": dict(choices=sorted(CORPORA), help="corpus"),
+    }
+    for name, run, text, wanted in [
+            ("train", run_train, "text -> tokenizer.json", "--data! --vocab_size --out! --pattern --special --processes --errors"),
+            ("encode", run_encode, "text -> token file; --data - reads stdin and prints ids", "--tokenizer! --data! --out --processes --errors"),
+            ("decode", run_decode, "token file or ids -> text", "--tokenizer! file"),
+            ("show", run_show, "a vocabulary, or a text cut into tokens", "--tokenizer! --text"),
+            ("prepare", run_prepare, "text -> tokenizer.json, train.bin, val.bin; without --data the standard library",
+             "--data --corpus --val --vocab_size --tokenizer --out! --processes --errors"),
+            ("fetch", run_fetch, "download a public corpus", "name --out!")]:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        for flag in wanted.split():
+            sub.add_argument(flag.rstrip("!"), **flags[flag.rstrip("!")], **({"required": True} if flag.endswith("!") else {}))
+    return p
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+
+    def stop(*_): raise KeyboardInterrupt            # SIGTERM cleans up as Ctrl-C does
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if getattr(args, "processes", None) is not None and args.processes < 1:
+            raise ValueError(f"--processes {args.processes}: give 1 or more")
+        demo() if args.command is None else args.run(args)
+    except KeyboardInterrupt:
+        print("\ninterrupted: no unfinished file was left; the same command starts again", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as e:
+        print("bpe.py: error: " + " ".join(str(e).split()), file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    pass
+    sys.exit(main())

@@ -23,7 +23,7 @@ You should see (two cores, CPU)
 
 Outline  1 the shape: ModelConfig, PRESETS     2 functions, written plainly       3 layers
          4 attention      5 feed-forward       6 the block and the model          -- stop here on a first reading --
-         7 generation     8 accounting         9 checkpoints     10 the command line     11 demo
+         7 generation     8 accounting         9 checkpoints     10 command line, device, plots      11 demo
 
 References  Vaswani et al. 2017 (Transformer), Xiong et al. 2020 (pre-norm), Zhang & Sennrich 2019 (RMSNorm),
             Su et al. 2021 (RoPE), Shazeer 2019 (multi-query), Ainslie et al. 2023 (grouped-query), Shazeer 2020
@@ -714,10 +714,10 @@ def load_model(src, device="cpu"):
 
 
 def first_line(e):
-    return (str(e) or type(e).__name__).strip().split("\n")[0][:160]
+    return (str(e) or type(e).__name__).strip().split("\n")[0][:300]
 
 
-# --- 10. the command line, for every script ---------------------------------------------------------------------
+# --- 10. for every script: command line, device, tables, plots --------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, exit status 2."""
@@ -757,8 +757,6 @@ def pick_device(name="auto"):
     return name
 
 
-# --- 11. demo ---------------------------------------------------------------------------------------------------
-
 def table(title, header, rows):
     """Print rows of strings in columns: the first to the left, numbers to the right."""
     width = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
@@ -766,6 +764,19 @@ def table(title, header, rows):
     for r in [header, *rows]:
         print("  " + "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, width))))
 
+
+def pyplot():
+    """matplotlib.pyplot that draws to files, or None and one line where it is not installed: a run goes on without plots."""
+    try:
+        import matplotlib
+    except ImportError:
+        return print("no plot: pip install matplotlib")
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+    return matplotlib.pyplot
+
+
+# --- 11. demo ---------------------------------------------------------------------------------------------------
 
 def demo_formulas(names, contexts=(1024, 16384, 131072)):
     """Published shapes by the formulas alone: nothing of this size is built."""
@@ -816,12 +827,9 @@ def demo_counted(c, batch_size=4):
 
 def plot_shares(path, names):
     """Where the FLOPs go as models grow, and as contexts grow: the lecture's first picture."""
-    try:
-        import matplotlib
-    except ImportError:
-        return print("no plot: pip install matplotlib")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
+    if plt is None:
+        return
     configs = [ModelConfig(**PRESETS[n]) for n in names]
     xl, contexts = ModelConfig(**PRESETS["gpt2-xl"]), [2**i for i in range(10, 18)]
     panels = [("as the model grows (1,024 tokens)", names, [flops_per_token(c, 1024) for c in configs]),

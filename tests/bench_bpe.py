@@ -1,17 +1,18 @@
 """bench_bpe.py - bpe.py beside its peers: seconds and peak memory from one run.
 
-    python tests/bench_bpe.py                   # 30 MB of Python, 20 MB of text; under 8 minutes on 2 cores
+    python tests/bench_bpe.py                   # 30 MB of Python, 20 MB of text; under 8 minutes, 2 idle cores
     python tests/bench_bpe.py --quick           # 6 MB and 4 MB, one round; under 1 minute
-    python tests/bench_bpe.py --text PATH       # a text file of your own (documents separated by EOT) instead of docstrings
+    python tests/bench_bpe.py --text PATH       # your own text (EOT between documents) instead of docstrings
 
-Every figure is the median over rounds; a round runs ours and each peer in turn, each in a process of its own, so
-that no cache, allocator or load of one helps another. Seconds exclude start and imports. Before a time is printed the
-results are compared: ids, token files and decoded text must be identical. Merges cannot be, since `rustbpe` and
-`tokenizers` break ties by id and not by bytes: there the vocabularies must compress equally well (within 0.5%).
-ratio = peer / ours: above 1.0 ours is faster, or smaller.
-Memory is the peak resident set, for ours with every worker counted in full (pages shared by fork counted twice).
+Every figure is the median over rounds; a round runs ours and each peer in turn, each in a process of its own,
+so that no cache, allocator or load of one helps another. Seconds exclude start and imports. Before a time is
+printed the results are compared: ids, token files and decoded text must be identical. Merges cannot be, since
+`rustbpe` and `tokenizers` break ties otherwise than by bytes: their vocabularies must compress as well as ours,
+to 0.5%. ratio = peer / ours: above 1.0 ours is faster, or smaller.
+Memory is the peak resident set; for ours every worker is added in full, so pages shared by fork count twice.
 """
-import argparse, ast, hashlib, json, multiprocessing, os, platform, resource, statistics, subprocess, sys, sysconfig, time, warnings
+import argparse, ast, hashlib, json, multiprocessing, os, platform, resource, statistics, subprocess, sys
+import sysconfig, time, warnings
 from importlib.metadata import version
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def by_hash(files):
 
 def source_files():
     """Standard library and site-packages."""
-    return by_hash({f for place in ("stdlib", "purelib") for f in Path(sysconfig.get_path(place)).rglob("*.py")})
+    places = map(sysconfig.get_path, ("stdlib", "purelib"))
+    return by_hash({f for place in places for f in Path(place).rglob("*.py")})
 
 
 def read(file):
@@ -45,7 +47,7 @@ def read(file):
 def docstrings(file):
     """All docstrings of a file as one document: the prose that every installed library carries."""
     text = read(file)
-    if 4 * sum(map(len, text.split('"""')[1::2])) < len(text):     # parsing is slow: only where a quarter is prose
+    if 4 * sum(map(len, text.split('"""')[1::2])) < len(text):     # parsing is slow: no prose, no parsing
         return ""
     try:
         tree = ast.parse(text)
@@ -63,10 +65,12 @@ def write_corpus(path, documents, limit_bytes):
     """Documents, each ended by EOT, until the limit. A copy seen before (vendored libraries) is left out."""
     seen, size = set(), 0
     with path.open("wb") as f:
-        for data in (d.replace(bpe.EOT, "").encode("utf-8", "replace") for d in documents):
-            if data and data not in seen and size < limit_bytes:
+        for document in documents:
+            data = document.replace(bpe.EOT, "").replace("\0", "").encode("utf-8", "replace")
+            if data and data not in seen:
                 seen.add(data)
-                size += f.write(data[:limit_bytes - size].decode("utf-8", "ignore").encode() + bpe.EOT.encode())
+                whole = data[:limit_bytes - size].decode("utf-8", "ignore")  # no character is cut in two
+                size += f.write(whole.encode() + bpe.EOT.encode())
             if size >= limit_bytes:
                 break
     return path
@@ -74,13 +78,14 @@ def write_corpus(path, documents, limit_bytes):
 
 def make_corpora(folder, mb, text):
     corpora = {"Python": write_corpus(folder / "python.txt", map(read, source_files()), int(mb * 1e6))}
+    file, limit = folder / "text.txt", int(mb * 2e6 / 3)
     if text:
-        return corpora | {"text": write_corpus(folder / "text.txt", bpe.read_documents([text]), int(mb * 2e6 / 3))}
+        return corpora | {"text": write_corpus(file, bpe.read_documents([text]), limit)}
     site = Path(sysconfig.get_path("purelib"))
     written = [f for end in ("md", "rst", "txt") for f in site.rglob(f"*.{end}") if f.stat().st_size > 2000]
     with multiprocessing.Pool(2) as pool, warnings.catch_warnings():
         documents = pool.imap(documentation, by_hash({*written, *source_files()}), chunksize=16)
-        return corpora | {"text": write_corpus(folder / "text.txt", documents, int(mb * 2e6 / 3))}
+        return corpora | {"text": write_corpus(file, documents, limit)}
 
 
 def documents_of(path):
@@ -108,7 +113,7 @@ def train_ours(path, _, processes):
 def train_rustbpe(path, _, processes):
     import rustbpe
     peer = rustbpe.Tokenizer()
-    seconds, _ = timed(peer.train_from_iterator, documents_of(path), vocab_size=VOCAB - 1, pattern=bpe.GPT2_PATTERN)
+    seconds, _ = timed(peer.train_from_iterator, documents_of(path), VOCAB - 1, pattern=bpe.GPT2_PATTERN)
     return seconds, [bytes(token) for token, _ in peer.get_mergeable_ranks()]
 
 
@@ -119,7 +124,7 @@ def train_tokenizers(path, _, processes):
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=[bpe.EOT], show_progress=False,
                                   initial_alphabet=level.alphabet())
     seconds, _ = timed(peer.train_from_iterator, documents_of(path), trainer)
-    peer.save(path + ".json")                   # read back through our reader: its byte alphabet is not copied here
+    peer.save(path + ".json")                   # read back by our reader, which knows the byte alphabet
     return seconds, list(bpe.BPETokenizer.load(path + ".json").vocab.values())
 
 
@@ -152,9 +157,10 @@ def files_ours(path, tokenizer, processes):
 
 def files_tiktoken(path, tokenizer, processes):
     import numpy as np
-    peer, out, eot = as_tiktoken(tokenizer), Path(path).with_suffix(".peer.bin"), bpe.BPETokenizer.load(tokenizer).eot_id
+    peer, out = as_tiktoken(tokenizer), Path(path).with_suffix(".peer.bin")
+    eot = peer.encode_single_token(bpe.EOT)
 
-    def encode_and_write():                     # 4 MB of text a batch: a list of Python ints for all of it would not be fair
+    def encode_and_write():                     # in batches of 4 MB, since its ids are Python ints
         with out.open("wb") as f:
             documents, size = [], 0
             for d in [*documents_of(path), None]:
@@ -192,9 +198,9 @@ def decode_tokenizers(path, tokenizer, processes):
     return decode(Tokenizer.from_file(tokenizer).decode, path, tokenizer)
 
 
-def sample_of(path, limit=5e6):
-    """The first 5 MB: `tokenizers` encodes about 1 MB a second."""
-    documents, size = [], 0
+def sample_of(path):
+    """The first sixth of a corpus: `tokenizers` encodes about 1 MB a second."""
+    documents, size, limit = [], 0, Path(path).stat().st_size / 6
     for d in documents_of(path):
         documents.append(d)
         size += len(d)
@@ -207,7 +213,8 @@ def as_tiktoken(tokenizer):
     import tiktoken
     tok = bpe.BPETokenizer.load(tokenizer)
     ranks = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
-    return tiktoken.Encoding("ours", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens=tok.special_tokens)
+    special = tok.special_tokens
+    return tiktoken.Encoding("ours", pat_str=tok.pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
 # --- rounds and tables ---
@@ -226,8 +233,21 @@ def measured(name, path, tokenizer, processes):
     seconds, result = globals()[name](path, tokenizer, int(processes))
     if name.startswith("train"):
         result = [token.hex() for token in result]
-    own, child = (resource.getrusage(who).ru_maxrss / 1000 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps([seconds, own + int(processes) * child, result]))
+    child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss             # KiB, of the largest worker
+    print(json.dumps([seconds, (own_peak() + int(processes) * child) / 1000, result]))
+
+
+def own_peak():
+    """KiB. ru_maxrss is second choice: it survives exec, and so holds our parent's peak."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def say(what):
+    if sys.stderr.isatty():
+        print(f"\r{what:<70}\r", end="", file=sys.stderr, flush=True)
 
 
 def rounds_of(names, path, tokenizer, args):
@@ -235,27 +255,28 @@ def rounds_of(names, path, tokenizer, args):
     runs = {name: [] for name in names}
     for r in range(args.rounds):
         for name in names[r % len(names):] + names[:r % len(names)]:
-            print(f"\r{Path(path).stem}: {name}, round {r + 1} of {args.rounds}" + " " * 20, end="", file=sys.stderr, flush=True)
+            say(f"{Path(path).stem}: {name}, round {r + 1} of {args.rounds}")
             runs[name].append(measure(name, path, tokenizer, args.processes))
-    print("\r" + " " * 70 + "\r", end="", file=sys.stderr)
+    say("")
     return {name: ([r[0] for r in rs], max(r[1] for r in rs), rs[0][2]) for name, rs in runs.items()}
 
 
 def check_equal(results, what):
     if len({str(r[2]) for r in results.values()}) != 1:
-        raise SystemExit(f"bench_bpe.py: {what} differs between {', '.join(results)}: no time is worth printing")
+        raise SystemExit(f"bench_bpe.py: {what} differ between {', '.join(results)}: no times")
 
 
 def check_compression(results, path):
-    """Bytes per token of each vocabulary on the same sample, by the same encoder. -> {name: bytes per token}"""
+    """-> {name: bytes per token of its vocabulary}, on the same sample, by the same encoder."""
     import tiktoken
-    sample, ratio = sample_of(path, 2e6), {}
+    sample, ratio = sample_of(path), {}
     for name, (_, _, tokens) in results.items():
         tokens = [t for t in map(bytes.fromhex, tokens) if t != bpe.EOT.encode()]
         tokens.sort(key=lambda t: len(t) > 1)   # bytes first; the sort is stable, so merges keep their rank
         coder = tiktoken.Encoding(name, pat_str=bpe.GPT2_PATTERN, special_tokens={},
                                   mergeable_ranks={t: i for i, t in enumerate(tokens)})
-        ratio[name] = sum(len(d.encode()) for d in sample) / sum(map(len, coder.encode_ordinary_batch(sample)))
+        tokens = sum(map(len, coder.encode_ordinary_batch(sample)))
+        ratio[name] = sum(len(d.encode()) for d in sample) / tokens
     if max(ratio.values()) > 1.005 * min(ratio.values()):
         raise SystemExit(f"bench_bpe.py: the vocabularies compress differently: {ratio}")
     return ratio
@@ -268,16 +289,19 @@ def print_rows(what, results, mb, pick=lambda s: s):
         theirs = statistics.median(map(pick, results[peer][0]))
         memory = results[ours][1], results[peer][1]
         print(f"{what:<24} {peer.split('_')[1]:<11}{mine:7.2f} s {theirs:7.2f} s {theirs / mine:6.2f}x"
-              f" {mb / mine:8.1f} {mb / theirs:8.1f} MB/s {memory[0]:6.0f} {memory[1]:6.0f} MB {memory[1] / memory[0]:6.2f}x")
+              f" {mb / mine:8.1f} {mb / theirs:8.1f} MB/s {memory[0]:6.0f} {memory[1]:6.0f} MB"
+              f" {memory[1] / memory[0]:6.2f}x")
 
 
 def bench(name, path, args):
     mb = path.stat().st_size / 1e6
     sample_mb = sum(len(d.encode()) for d in sample_of(path)) / 1e6
     print(f"\n{name}: {mb:.1f} MB; encode and decode: its first {sample_mb:.1f} MB")
-    print(f"{'':<24} {'peer':<11}{'ours':>9} {'peer':>9} {'ratio':>7} {'ours':>8} {'peer':>8}      {'ours':>6} {'peer':>6}    {'ratio':>7}")
+    print(f"{'':<24} {'peer':<11}{'ours':>9} {'peer':>9} {'ratio':>7} {'ours':>8} {'peer':>8}      "
+          f"{'ours':>6} {'peer':>6}    {'ratio':>7}")
     tokenizer = path.with_suffix(".tokenizer.json")
-    bpe.BPETokenizer(*bpe.train_bpe(path, VOCAB, [bpe.EOT], num_processes=args.processes), [bpe.EOT]).save(tokenizer)
+    trained = bpe.train_bpe(path, VOCAB, [bpe.EOT], num_processes=args.processes)
+    bpe.BPETokenizer(*trained, [bpe.EOT]).save(tokenizer)
     trained = rounds_of(["train_ours", "train_rustbpe", "train_tokenizers"], path, tokenizer, args)
     ratio = check_compression(trained, path)
     print_rows(f"train {VOCAB:,} tokens", trained, mb)
@@ -286,23 +310,25 @@ def bench(name, path, args):
     print_rows("encode, cold", coded, sample_mb, lambda s: s[0])
     print_rows("encode, warm", coded, sample_mb, lambda s: s[1])
     filed = rounds_of(["files_ours", "files_tiktoken"], path, tokenizer, args)
-    check_equal(filed, "the token file")
+    check_equal(filed, "the token files")
     print_rows(f"encode_files, {args.processes} proc.", filed, mb)
     decoded = rounds_of(["decode_ours", "decode_tiktoken", "decode_tokenizers"], path, tokenizer, args)
-    check_equal(decoded, "the text")
+    check_equal(decoded, "the texts")
     print_rows("decode", decoded, sample_mb)
     ours = set(trained["train_ours"][2])
     for peer, (_, _, tokens) in trained.items():
-        print(f"  bytes per token, vocabulary of {peer:<17} {ratio[peer]:.4f}   tokens in common with ours {len(ours & set(tokens)):,}")
+        print(f"  bytes per token, vocabulary of {peer:<17} {ratio[peer]:.4f}"
+              f"   tokens in common with ours {len(ours & set(tokens)):,}")
 
 
 def main():
     if sys.argv[1:2] == ["--measure"]:
         return measured(*sys.argv[2:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=30, help="MB of Python source; text is two thirds of it")
     parser.add_argument("--rounds", type=int, default=3, help="measurements of each, the median counts")
-    parser.add_argument("--processes", type=int, default=2, help="worker processes of ours, threads of the peers")
+    parser.add_argument("--processes", type=int, default=2, help="of ours; threads of the peers")
     parser.add_argument("--quick", action="store_true", help="--mb 6 --rounds 1")
     parser.add_argument("--text", type=Path, help="text file to use in place of docstrings and documentation")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "bench", help="folder of the corpora")
@@ -313,7 +339,7 @@ def main():
     start = time.time()
     names = ", ".join(f"{p} {version(p)}" for p in ("rustbpe", "tokenizers", "tiktoken", "numpy", "regex"))
     print(f"Python {platform.python_version()}, {names}\n{os.cpu_count()} cores, {platform.machine()}, "
-          f"load average {os.getloadavg()[0]:.2f}, {args.rounds} rounds, {args.processes} processes or threads")
+          f"load average {os.getloadavg()[0]:.2f}, rounds {args.rounds}, processes/threads {args.processes}")
     for name, path in make_corpora(args.out, args.mb, args.text).items():
         bench(name, path, args)
     print(f"\n{time.time() - start:.0f} s, load average now {os.getloadavg()[0]:.2f}")

