@@ -36,6 +36,7 @@ import json
 import math
 import os
 import pickle
+import re
 from dataclasses import asdict, dataclass, field, fields
 
 # Idle CPU threads sleep instead of spinning. Beside any other busy process spinning threads wait for one another: one training
@@ -87,6 +88,9 @@ class ModelConfig:
     def __post_init__(self):
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
+            if f.type is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))               # frozen, and 10000 is a fine theta
+                continue
             if f.type is not bool and isinstance(value, bool) or not isinstance(value, f.type):
                 raise ValueError(f"{f.name}={value!r} is not of type {f.type.__name__}: give --{f.name} {f.default}")
             if choices and value not in choices:
@@ -107,8 +111,8 @@ class ModelConfig:
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head dim d_model/num_heads={self.head_dim} is odd and RoPE turns pairs: "
                              f"try --d_model {N * (self.head_dim + 1)}")
-        if self.position == "sinusoidal" and D % 2:
-            raise ValueError(f"d_model={D} is odd and sinusoidal positions come in pairs: try --d_model {D + 1}")
+        if self.position == "sinusoidal" and D % 2:                          # then N is odd, too
+            raise ValueError(f"d_model={D} is odd and sinusoidal positions come in pairs: try --d_model {D + N}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability below 1: try --dropout 0.1")
 
@@ -323,11 +327,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(H, c.norm_eps) if c.qk_norm else Identity()
 
     def forward(self, x, positions, cache=None):
-        """x (B,T,D), positions (T,) or (B,T), cache KVCache or None -> (B,T,D)."""
+        """x (B,T,D), positions (T,) or (B,T), cache KVCache or None -> (B,T,D).
+        Positions rise along T. Without cache, window and soft-cap the mask comes from the order alone, not from their values."""
         c, (B, T, D) = self.c, x.shape
         N, K, H = c.num_heads, c.kv_heads, c.head_dim
-        q, k, v = self.wqkv(x).view(B, T, N + 2 * K, H).transpose(1, 2).split([N, K, K], 1)  # (B,N,T,H), 2 x (B,K,T,H)
+        q, k, v = self.wqkv(x).view(B, T, N + 2 * K, H).split([N, K, K], 2)  # (B,T,N,H), 2 x (B,T,K,H)
         q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B,N,T,H), views; so y below needs no copy
         if c.position == "rope":
             at = positions if positions.dim() == 1 else positions[:, None]   # (T,) or (B,1,T), to go with the heads
             q, k = apply_rope(q, at, c.rope_theta), apply_rope(k, at, c.rope_theta)
@@ -338,7 +344,7 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, T, N * H))
 
     def attend(self, q, k, v, positions, key_positions, plain):
-        """The fused kernel where it can: without a mask when the queries are all the keys, in order ('plain')."""
+        """The fused kernel where it can; without a mask when the queries are all the keys, in order (plain)."""
         c = self.c
         grouped = c.kv_heads < c.num_heads
         if plain and not c.attn_softcap and (not c.window or c.window >= q.shape[-2]):
@@ -613,9 +619,9 @@ def activation_bytes(c, batch_size, context=None, checkpoint_blocks=False):
     D, N, K, H, F_, L, T = c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim, c.num_layers, context or c.context_length
     norm = {"rmsnorm": 2 * D + 1, "layernorm": D + 2, "none": 0}[c.norm]     # input, normalised (RMSNorm), 1/std (and mean)
     qk = (N + K) * (2 * H + 1) if c.qk_norm else (N + K) * H if c.position == "rope" else 0
-    attention = D + (N + 2 * K) * H + qk + 2 * N * H + N                     # input, q k v, changed q k, output twice, log Z
+    attention = D + (N + 2 * K) * H + qk + N * H + N                         # input, q k v, changed q k, output, log Z
     hidden = {"relu": 1, "reglu": 3}.get(c.ffn, 4 if c.gated else 2)         # a ReLU's output tells its own derivative
-    block = attention + (0 if c.parallel and c.norm != "none" else D) + hidden * F_ + norms_per_block(c) * norm
+    block = attention + (0 if c.parallel else D) + hidden * F_ + norms_per_block(c) * norm
     rope = 2 * T * H if c.position == "rope" else 0                          # two tables of T x H/2 complex a layer
     last = (norm if c.norm_position != "post" else 0) + D + 4                # norm, the head's input, ids and targets
     tokens = batch_size * T
@@ -653,13 +659,13 @@ def save_checkpoint(out, model, optimizer=None, step=0, **extra):
     To a path: a temporary file beside it, flushed to disk, then renamed over the old one. A crash, a full disk or a
     kill -9 at any moment leaves either the old checkpoint or the new one, never half of one.
     """
-    module = getattr(model, "_orig_mod", model)                              # torch.compile wraps the module ...
-    module = getattr(module, "module", module)                               # ... and DistributedDataParallel again
-    state = {"config": asdict(module.config), "model": module.state_dict(),
+    while inner := getattr(model, "_orig_mod", getattr(model, "module", None)):
+        model = inner                                # torch.compile and DistributedDataParallel wrap the module
+    state = {"config": asdict(model.config), "model": model.state_dict(),
              "optimizer": optimizer.state_dict() if optimizer else None, "step": step, **extra}
     if hasattr(out, "write"):
         return torch.save(state, out)
-    out, temporary = os.fspath(out), f"{os.fspath(out)}.tmp{os.getpid()}"
+    out, temporary = os.fspath(out), f"{os.fspath(out)}.tmp"                 # one name: what a kill -9 leaves is overwritten
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)
@@ -681,19 +687,25 @@ def load_checkpoint(src, device="cpu"):
     Raises FileNotFoundError or ValueError with what to do.
     """
     try:
-        state = torch.load(src, map_location=device, weights_only=True)
+        with open(src, "rb") if isinstance(src, (str, os.PathLike)) else contextlib.nullcontext(src) as f:
+            state = torch.load(f, map_location=device, weights_only=True)
     except FileNotFoundError:
-        raise FileNotFoundError(f"no checkpoint at {src}: make one with  python train.py --out {os.path.dirname(os.fspath(src)) or '.'}") from None
+        folder = os.path.dirname(os.fspath(src)) or "."
+        raise FileNotFoundError(f"no checkpoint at {src}: make one with  python train.py --out {folder}") from None
+    except (PermissionError, IsADirectoryError) as e:
+        raise OSError(f"cannot read {src}: {e.strerror}") from None
     except pickle.UnpicklingError as e:
         raise ValueError(f"{src} holds a pickled object that would run code when opened, or is damaged, and was refused "
                          f"({first_line(e)}): a checkpoint holds tensors and plain values only") from None
-    except (RuntimeError, EOFError, KeyError, ValueError) as e:              # truncated zip, empty file, other bytes
-        raise ValueError(f"{src} is truncated or not a checkpoint ({first_line(e)}): go back to an older copy, or train again") from None
-    missing = [k for k in ("config", "model", "step") if not isinstance(state, dict) or k not in state]
-    if missing:
-        raise ValueError(f"{src} is a torch file but no checkpoint of this project: it lacks {', '.join(missing)}")
-    # Files written by hand from a compiled or wrapped module carry these prefixes in every name.
-    state["model"] = {k.removeprefix("_orig_mod.").removeprefix("module."): v for k, v in state["model"].items()}
+    except Exception as e:           # a cut or altered zip archive fails anywhere in the reader, with any exception
+        raise ValueError(f"{src} is truncated, damaged or no checkpoint ({first_line(e)}): go back to an older copy, or "
+                         f"train again") from None
+    kinds = {"config": dict, "model": dict, "step": int}
+    wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
+    if wrong:
+        raise ValueError(f"{src} is a torch file but no checkpoint of this project: {', '.join(wrong)} missing or odd")
+    # Files written by hand from a compiled or wrapped module carry these prefixes in every name, in any order.
+    state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model"].items()}
     return state
 
 

@@ -1,14 +1,14 @@
 """bench_bpe.py - bpe.py beside its peers: seconds and peak memory from one run.
 
-    python tests/bench_bpe.py                   # 30 MB of Python, 20 MB of text; under 8 minutes, 2 idle cores
+    python tests/bench_bpe.py                   # 30 MB of Python, 20 MB of text; under 8 minutes on 2 cores
     python tests/bench_bpe.py --quick           # 6 MB and 4 MB, one round; under 1 minute
     python tests/bench_bpe.py --text PATH       # your own text (EOT between documents) instead of docstrings
 
 Every figure is the median over rounds; a round runs ours and each peer in turn, each in a process of its own,
 so that no cache, allocator or load of one helps another. Seconds exclude start and imports. Before a time is
 printed the results are compared: ids, token files and decoded text must be identical. Merges cannot be, since
-`rustbpe` and `tokenizers` break ties otherwise than by bytes: their vocabularies must compress as well as ours,
-to 0.5%. ratio = peer / ours: above 1.0 ours is faster, or smaller.
+`rustbpe` and `tokenizers` break ties otherwise than by bytes: their vocabularies must compress as well as
+ours, to 0.5%. ratio = peer / ours: above 1.0 ours is faster, or smaller.
 Memory is the peak resident set; for ours every worker is added in full, so pages shared by fork count twice.
 """
 import argparse, ast, hashlib, json, multiprocessing, os, platform, resource, statistics, subprocess, sys
