@@ -302,29 +302,33 @@ class Progress:
 
 # --- 5. training BPE --------------------------------------------------------------------------------------------------
 
-UNIT = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")       # white space and the word after it
-UNIT_LINES = regex.compile(r"[^\S\r\n]*\S+(?:\s*[\r\n])?|\s*[\r\n]|\s+")
+UNIT = r"[^\p{L}\p{N}]*+(?:\p{L}++|\p{N}++)|[^\p{L}\p{N}]++"      # everything up to the end of the next word or number
 
 
 class Splitter:
-    """Text -> pre-tokens.  Units (a word and the white space before it) repeat, so the slow regex sees each once."""
+    """Text -> units -> pre-tokens.  The pattern is the slow part of all that follows, and text repeats itself: a cheap
+    regex cuts units at the ends of words (a CUT, so no pre-token crosses one), and the pattern sees each unit once."""
 
     def __init__(self, pattern):
         try: self.any = regex.compile(pattern)
         except regex.error as e: raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from None
-        if self.any.groups: raise ValueError(f"pattern {pattern!r} has capture groups; write (?:...)")
-        self.known = pattern in PATTERNS.values()
-        self.unit = UNIT if pattern == GPT2_PATTERN else UNIT_LINES
+        if self.any.groups: raise ValueError(f"pattern {pattern!r} has {self.any.groups} capture groups; write (?:...)")
+        self.known = pattern in PATTERNS.values()    # of another pattern nothing is proven: a text is one unit
         self.ascii = re.compile(ascii_twin(pattern), re.ASCII) if self.known else self.any
+        self.unit, self.ascii_unit = regex.compile(UNIT), re.compile(ascii_twin(UNIT))
 
-    def units(self, text): return self.unit.findall(text) if self.known else [text]
+    def units(self, text):
+        if not self.known: return [text] if text else []
+        return (self.ascii_unit if text.isascii() else self.unit).findall(text)
+
     def pieces(self, unit): return (self.ascii if unit.isascii() else self.any).findall(unit)
 
 
 def ascii_twin(pattern):
-    """The pattern for ASCII text, where re, twice as fast as regex, can do it: letters are a-zA-Z, numbers 0-9."""
-    def plain(m): return m[0].replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
-    return re.sub(r"\\p{.}", r"[\g<0>]", re.sub(r"\[[^]]*\]", plain, pattern)).replace(r"\p{L}", "a-zA-Z").replace(r"\p{N}", "0-9")
+    r"""The pattern for ASCII text, which re can search, twice as fast as regex: \p{L} is [a-zA-Z], \p{N} is [0-9]."""
+    ranges = {r"\p{L}": "a-zA-Z", r"\p{N}": "0-9"}
+    inside = re.sub(r"\[[^]]*\]", lambda m: re.sub(r"\\p{.}", lambda p: ranges[p[0]], m[0]), pattern)
+    return re.sub(r"\\p{.}", lambda p: f"[{ranges[p[0]]}]", inside)
 
 
 def count_pieces(batch, splitter, special_tokens):

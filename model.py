@@ -16,7 +16,7 @@ Equations (names as in the code)
        loss           = mean over tokens of  log sum_v exp(z_v) - z_target                    (nats a token)
 
 Run    python model.py                      # 20 s on two cores: the tables below and out/model.png
-       python model.py --preset gpt2        # the same accounting for another preset, or for any --d_model, ...
+       python model.py --preset gpt2       # the same accounting for another preset, or for any --d_model, ...
 
 You should see (two cores, CPU)
 
@@ -89,7 +89,7 @@ class ModelConfig:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if f.type is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))               # frozen, and 10000 is a fine theta
+                object.__setattr__(self, f.name, float(value))             # frozen, and 10000 is a fine theta
                 continue
             if f.type is not bool and isinstance(value, bool) or not isinstance(value, f.type):
                 raise ValueError(f"{f.name}={value!r} is not of type {f.type.__name__}: give --{f.name} {f.default}")
@@ -132,7 +132,7 @@ _gpt2 = dict(vocab_size=50257, context_length=1024, norm="layernorm", position="
              tie_embeddings=True, init="gpt2")
 _llama2 = dict(vocab_size=32000, context_length=4096, init="glorot")
 PRESETS = {  # name -> ModelConfig fields. Widths near 100 x layers are the rule of thumb (Kaplan et al. 2020)
-    "tiny": dict(qk_norm=True),                                                          # two CPU cores, minutes
+    "tiny": dict(qk_norm=True),                                                       # two CPU cores, minutes
     "small": dict(d_model=384, num_layers=8, num_heads=6, context_length=512, qk_norm=True),  # an hour, or a GPU
     "tinystories": dict(vocab_size=10000, d_model=512, d_ff=1344, num_layers=4, num_heads=16, qk_norm=True),
     "gpt2-recipe": dict(_gpt2, vocab_size=4096, context_length=256, d_model=192, num_layers=6, num_heads=3),
@@ -153,7 +153,7 @@ def softmax(x, dim=-1):
     A row that is -inf throughout (nothing may be attended to) gives zeros."""
     top = x.amax(dim, keepdim=True).clamp(min=torch.finfo(x.dtype).min)      # -inf minus -inf would be NaN
     e = torch.exp(x - top)
-    return e / e.sum(dim, keepdim=True).clamp(min=1)                         # the maximum itself contributes exp(0) = 1
+    return e / e.sum(dim, keepdim=True).clamp(min=1)               # the maximum itself contributes exp(0) = 1
 
 
 def silu(x):
@@ -220,7 +220,7 @@ def apply_rope(x, positions, theta=10000.0):
     The pairs are neighbours (interleaved) as in the paper and Llama's own code; Hugging Face's Llama pairs j with j+H/2.
     """
     H = x.shape[-1]
-    real = x if x.dtype == torch.float64 else x.float()                      # bf16 positions above 256 would collide
+    real = x if x.dtype == torch.float64 else x.float()               # bf16 positions above 256 would collide
     rate = theta ** (-torch.arange(0, H, 2, device=x.device, dtype=real.dtype) / H)              # (H/2,)
     angle = positions[..., None] * rate                                                          # (...,T,H/2)
     turn = torch.polar(torch.ones_like(angle), angle)                        # exp(i angle)
@@ -261,7 +261,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, d, eps=1e-5, bias=False):                             # bias: RMSNorm has none; NORMS share a call
+    def __init__(self, d, eps=1e-5, bias=False):                  # bias: RMSNorm has none; NORMS share a call
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
@@ -306,7 +306,7 @@ class KVCache:
         if self.k is not None:
             new = (torch.cat((self.k, k), -2), torch.cat((self.v, v), -2), torch.cat((self.positions, positions), -1))
         keep = slice(1 - self.window, None) if self.window > 1 else slice(None)
-        if self.window == 1:                                                 # the next query will see itself alone
+        if self.window == 1:                                            # the next query will see itself alone
             keep = slice(new[2].shape[-1], None)
         self.k, self.v, self.positions = new[0][..., keep, :], new[1][..., keep, :], new[2][..., keep]
         return new
@@ -333,7 +333,7 @@ class Attention(nn.Module):
         N, K, H = c.num_heads, c.kv_heads, c.head_dim
         q, k, v = self.wqkv(x).view(B, T, N + 2 * K, H).split([N, K, K], 2)  # (B,T,N,H), 2 x (B,T,K,H)
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))                     # (B,N,T,H), views; so y below needs no copy
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))          # (B,N,T,H), views; so y below needs no copy
         if c.position == "rope":
             at = positions if positions.dim() == 1 else positions[:, None]   # (T,) or (B,1,T), to go with the heads
             q, k = apply_rope(q, at, c.rope_theta), apply_rope(k, at, c.rope_theta)
@@ -354,7 +354,7 @@ class Attention(nn.Module):
         if not c.attn_softcap:
             return attend(q, k, v, attn_mask=mask, enable_gqa=grouped)
         k, v = (t.repeat_interleave(c.num_heads // c.kv_heads, 1) for t in (k, v))  # head n reads group n // (N/K)
-        return scaled_dot_product_attention(q, k, v, mask, c.attn_softcap)   # the fused kernel has no soft-cap
+        return scaled_dot_product_attention(q, k, v, mask, c.attn_softcap)  # the fused kernel has no soft-cap
 
     def make_cache(self):
         return KVCache(self.c.window)
@@ -416,7 +416,7 @@ class Block(nn.Module):
 
     def forward(self, x, positions, cache=None):
         drop = lambda y: F.dropout(y, self.c.dropout, self.training)         # at 0 a no-op
-        if self.c.parallel:                      # one norm, and under tensor parallelism one all-reduce instead of two
+        if self.c.parallel:             # one norm, and under tensor parallelism one all-reduce instead of two
             h = self.norm1(x)
             return self.after2(x + drop(self.out1(self.mixer(h, positions, cache))) + drop(self.out2(self.ffn(h))))
         x = self.after1(x + drop(self.out1(self.mixer(self.norm1(x), positions, cache))))
@@ -436,7 +436,7 @@ class Transformer(nn.Module):
         self.head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
             self.head.weight = self.embedding.weight
-        self.checkpoint_blocks = False                                       # recompute blocks in backward (train.py)
+        self.checkpoint_blocks = False                               # recompute blocks in backward (train.py)
         initialise(self)
 
     def forward(self, ids, positions=None, cache=None):
@@ -525,7 +525,7 @@ def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     probs, order = softmax(logits.float() / temperature).sort(-1, descending=True)
-    before = probs.cumsum(-1) - probs                                        # mass of the strictly likelier ones
+    before = probs.cumsum(-1) - probs                                     # mass of the strictly likelier ones
     keep = before < top_p
     keep[..., 0] = True
     if top_k:
@@ -619,11 +619,11 @@ def activation_bytes(c, batch_size, context=None, checkpoint_blocks=False):
     D, N, K, H, F_, L, T = c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim, c.num_layers, context or c.context_length
     norm = {"rmsnorm": 2 * D + 1, "layernorm": D + 2, "none": 0}[c.norm]     # input, normalised (RMSNorm), 1/std (and mean)
     qk = (N + K) * (2 * H + 1) if c.qk_norm else (N + K) * H if c.position == "rope" else 0
-    attention = D + (N + 2 * K) * H + qk + N * H + N                         # input, q k v, changed q k, output, log Z
+    attention = D + (N + 2 * K) * H + qk + N * H + N                # input, q k v, changed q k, output, log Z
     hidden = {"relu": 1, "reglu": 3}.get(c.ffn, 4 if c.gated else 2)         # a ReLU's output tells its own derivative
     block = attention + (0 if c.parallel else D) + hidden * F_ + norms_per_block(c) * norm
-    rope = 2 * T * H if c.position == "rope" else 0                          # two tables of T x H/2 complex a layer
-    last = (norm if c.norm_position != "post" else 0) + D + 4                # norm, the head's input, ids and targets
+    rope = 2 * T * H if c.position == "rope" else 0                    # two tables of T x H/2 complex a layer
+    last = (norm if c.norm_position != "post" else 0) + D + 4        # norm, the head's input, ids and targets
     tokens = batch_size * T
     return {"blocks": 4 * L * (tokens * D if checkpoint_blocks else tokens * block + rope),
             "last norm": 4 * tokens * last, "logits": 4 * tokens * c.vocab_size}
@@ -639,7 +639,7 @@ def count_saved_bytes(model):
     """with count_saved_bytes(model) as kept: loss = ...   ->   sum(kept.values()) bytes wait for the backward pass.
     autograd hands every tensor it saves to a hook; a storage counts once, and the weights do not count."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
-    alive = []                                                               # a freed address could be used again
+    alive = []                                                           # a freed address could be used again
 
     def pack(t):
         storage = t.untyped_storage()
@@ -660,24 +660,37 @@ def save_checkpoint(out, model, optimizer=None, step=0, **extra):
     kill -9 at any moment leaves either the old checkpoint or the new one, never half of one.
     """
     while inner := getattr(model, "_orig_mod", getattr(model, "module", None)):
-        model = inner                                # torch.compile and DistributedDataParallel wrap the module
+        model = inner                              # torch.compile and DistributedDataParallel wrap the module
     state = {"config": asdict(model.config), "model": model.state_dict(),
              "optimizer": optimizer.state_dict() if optimizer else None, "step": step, **extra}
+    refuse_objects(state)
     if hasattr(out, "write"):
         return torch.save(state, out)
-    out, temporary = os.fspath(out), f"{os.fspath(out)}.tmp"                 # one name: what a kill -9 leaves is overwritten
+    out, temporary = os.fspath(out), f"{os.fspath(out)}.tmp"  # one name: what a kill -9 leaves is overwritten
     try:
         with open(temporary, "wb") as f:
             torch.save(state, f)
             f.flush()
-            os.fsync(f.fileno())                                             # on the disk, not only in the page cache
+            os.fsync(f.fileno())                                     # on the disk, not only in the page cache
         os.replace(temporary, out)
-    except (OSError, RuntimeError) as e:                                     # torch reports a full disk as RuntimeError
+    except (OSError, RuntimeError) as e:                           # torch reports a full disk as RuntimeError
         raise OSError(f"could not save {out}: {first_line(e)}; what was there before is unharmed. Free some space, or "
                       f"choose another folder with --out") from e
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def refuse_objects(value, name="checkpoint"):
+    """Raise now what load_checkpoint would refuse later: a numpy number in a log record once made every file unreadable."""
+    if isinstance(value, dict):
+        for k, v in value.items():
+            refuse_objects(v, f"{name}[{k!r}]")
+    elif isinstance(value, (list, tuple)):
+        for i, v in enumerate(value):
+            refuse_objects(v, f"{name}[{i}]")
+    elif not (isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, str)):
+        raise TypeError(f"{name} is a {type(value).__name__}: a checkpoint holds tensors and plain values only")
 
 
 def load_checkpoint(src, device="cpu"):
@@ -697,7 +710,7 @@ def load_checkpoint(src, device="cpu"):
     except pickle.UnpicklingError as e:
         raise ValueError(f"{src} holds a pickled object that would run code when opened, or is damaged, and was refused "
                          f"({first_line(e)}): a checkpoint holds tensors and plain values only") from None
-    except Exception as e:           # a cut or altered zip archive fails anywhere in the reader, with any exception
+    except Exception as e:     # a cut or altered zip archive fails anywhere in the reader, with any exception
         raise ValueError(f"{src} is truncated, damaged or no checkpoint ({first_line(e)}): go back to an older copy, or "
                          f"train again") from None
     kinds = {"config": dict, "model": dict, "step": int}
@@ -726,7 +739,7 @@ def load_model(src, device="cpu"):
 
 
 def first_line(e):
-    return (str(e) or type(e).__name__).strip().split("\n")[0][:300]
+    return re.sub(r"\x1b\[[0-9;]*m", "", (str(e) or type(e).__name__).strip().split("\n")[0])[:300]
 
 
 # --- 10. for every script: command line, device, tables, plots --------------------------------------------------

@@ -424,7 +424,7 @@ class Run:
     def gradients(self):
         """Forward and backward over one batch, in micro-batches; leaves the mean gradient in .grad, returns the mean loss.
         Each micro-batch loss is a mean over its own tokens: divided by their number, the sum is the mean over the batch."""
-        s, micro, total = self.s, self.s.micro_batch or self.s.batch_size, 0.0
+        s, micro, total, self.small = self.s, self.s.micro_batch or self.s.batch_size, 0.0, 0.0
         accumulate = s.batch_size // micro
         for i in range(accumulate):
             x, y = self.batches(self.sequences + i * micro, micro, self.device)
@@ -434,8 +434,7 @@ class Run:
             (objective / accumulate).backward()
             total = total + ce.detach() / accumulate
             if s.noise_scale and i == 0:                                     # the first micro-batch alone: b_small
-                small = sum(p.grad.float().square().sum().item() for _, p in weights_with_gradient(self.optimizer))
-                self.noise[0] += (small * accumulate**2 - self.noise[0]) / min(self.step + 1, 100)
+                self.small = accumulate**2 * sum(p.grad.square().sum().item() for p in self.model.parameters())
         return total
 
     def train_step(self):
@@ -455,7 +454,7 @@ class Run:
         self.bad_steps = 0 if fine else self.bad_steps + 1
         self.optimizer.zero_grad(set_to_none=True)
         if s.noise_scale and fine:
-            self.noise[1] += (norm**2 - self.noise[1]) / min(self.step + 1, 100)
+            self.noise = [old + (new - old) / min(self.step + 1, 100) for old, new in zip(self.noise, (self.small, norm**2))]
         self.step, self.sequences = self.step + 1, self.sequences + s.batch_size
         seconds = time.perf_counter() - start
         self.elapsed += seconds
@@ -468,7 +467,7 @@ class Run:
         """{val_loss (nats a token), val_bpb} on the first max_tokens held-out tokens."""
         nats, n = evaluate(self.forward, self.val, self.tokenizer.eot_id, self.device, self.autocast,
                            self.s.micro_batch or self.s.batch_size, max_tokens)
-        return dict(val_loss=nats / n, val_bpb=bits_per_byte(nats, self.token_bytes[self.val[:n]].sum()))
+        return dict(val_loss=nats / n, val_bpb=bits_per_byte(nats, int(self.token_bytes[self.val[:n]].sum())))
 
 
 def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
@@ -629,9 +628,11 @@ def run_many(name, variants, seeds, s, data):
     path, done = os.path.join(folder, "results.jsonl"), {}
     if os.path.exists(path):
         for line in open(path):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError):                            # a line cut by a kill
                 r = json.loads(line)
                 done[r["key"]] = r
+        with open(path, "w") as f:
+            f.writelines(json.dumps(r) + "\n" for r in done.values())
     results, start, fresh, total = {}, time.perf_counter(), 0, len(variants) * len(seeds)
     for i, (seed, (label, change)) in enumerate(itertools.product(seeds, variants)):
         changed = argparse.Namespace(**{**vars(s), **change, "seed": seed, "out": os.path.join(folder, f"{i}")})
@@ -823,6 +824,8 @@ def check(s):
     if s.micro_batch and s.batch_size % s.micro_batch:
         raise ValueError(f"--batch_size {s.batch_size} is not a multiple of --micro_batch {s.micro_batch}: "
                          f"try --batch_size {s.micro_batch * max(1, round(s.batch_size / s.micro_batch))}")
+    if s.corpus and s.data:
+        raise ValueError(f"--corpus {s.corpus} and --data {' '.join(s.data)} are two sources: give one")
     if s.noise_scale and (not s.micro_batch or s.micro_batch == s.batch_size):
         raise ValueError("--noise_scale compares a micro-batch with the batch: give --micro_batch a divisor of "
                          f"--batch_size {s.batch_size}, such as {max(1, s.batch_size // 4)}")
@@ -856,8 +859,11 @@ def open_data(s):
         tokenizer = bpe.BPETokenizer.load(s.tokenizer or os.path.join(folder, "tokenizer.json"))
     else:
         folder = s.out
-        text = [bpe.fetch(s.corpus, s.out)] if s.corpus else s.data
-        tokenizer = bpe.prepare(s.out, text, s.val, vocab_size=config.vocab_size, errors=s.errors, tokenizer=s.tokenizer)["tokenizer"]
+        text, held_out = s.data, s.val
+        if s.corpus:
+            files = bpe.fetch(s.corpus, s.out)                               # the training file, then the held-out one if there is
+            text, held_out = files[:1], held_out or files[1:] or None
+        tokenizer = bpe.prepare(s.out, text, held_out, vocab_size=config.vocab_size, errors=s.errors, tokenizer=s.tokenizer)["tokenizer"]
     train_tokens, val_tokens = (bpe.load_tokens(os.path.join(folder, f"{part}.bin"), tokenizer) for part in ("train", "val"))
     if len(val_tokens) < 2:
         raise ValueError(f"{os.path.join(folder, 'val.bin')} holds {len(val_tokens)} tokens: give held-out text with --val")

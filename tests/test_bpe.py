@@ -441,7 +441,7 @@ def test_encode_iterable_is_lazy_and_of_constant_memory(tok, corpus):
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak in /proc")
 def test_training_memory_does_not_grow_with_the_file(tmp_path, corpus):
     text, path = corpus.read_bytes(), tmp_path / "x.txt"
-    job = ("import bpe, resource, sys; bpe.BLOCK = 1 << 16; "      # small blocks: little is on its way to the workers
+    job = ("import bpe, resource, sys; bpe.BLOCK = 1 << 16; "      # small blocks: little is in flight
            "bpe.train_bpe(sys.argv[1], 300, [bpe.EOT], num_processes=2); "
            "own = open('/proc/self/status').read().split('VmHWM:')[1].split()[0]; "   # maxrss survives exec
            "print(own, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)")

@@ -215,7 +215,7 @@ def test_batches(dtype, n, T):
         assert not torch.equal(epochs[0][0], epochs[1][0]) and epochs[0][0].min() != epochs[2][0].min() or epochs[0][0].min() != epochs[1][0].min()
         assert not torch.equal(read(0, W)[0], read(0, W, 4)[0])
     reader, whole = R.Batches(tokens, T, 3), torch.cat([x for x, _ in epochs])
-    for first in (2 * W, 0, W - 1 if W > 1 else 0, W, 1):                                 # one integer is the whole state
+    for first in (3 * W - 2, 0, W - 1, W, 1):                                             # one integer is the whole state
         assert torch.equal(reader(first, 2)[0], whole[first:first + 2])
 
 
@@ -283,7 +283,7 @@ def test_compressors_on_known_bytes():
     got = R.compressors(text, noise)
     assert got["gzip -9"] == 8 * size / len(text) and len(R.compressors(text)) == 3 and len(got) == 4
     after = R.compressors(noise, noise)
-    assert next(v for k, v in after.items() if "after" in k) < 0.1 and R.compressors(b"")
+    assert next(v for k, v in after.items() if "after" in k) < 0.2 and R.compressors(b"")
 
 
 # --- 3. invariants ----------------------------------------------------------------------------------------------
@@ -360,10 +360,10 @@ def test_noise_scale_reads_the_two_gradients(tokens, monkeypatch):
 
 
 def test_overfits_one_batch(tokens):
-    run = make_run(tokens, "--steps", 120)
+    run = make_run(tokens, "--steps", 200)
     batch = run.batches(0, 4)
     run.batches = lambda first, size, device: batch
-    losses = [run.train_step()["loss"] for _ in range(120)]
+    losses = [run.train_step()["loss"] for _ in range(200)]
     assert losses[0] == pytest.approx(math.log(300), abs=1e-4) and losses[-1] < 0.02
 
 
