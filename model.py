@@ -731,11 +731,15 @@ def load_model(src, device="cpu"):
         raise ValueError(f"the checkpoint's config does not fit this model.py ({first_line(e)})") from None
     with torch.device(device):
         model = Transformer(config)
+    load_weights(model, state["model"])
+    return model.eval()
+
+
+def load_weights(model, weights):
     try:
-        model.load_state_dict(state["model"])
+        model.load_state_dict(weights)
     except RuntimeError as e:
         raise ValueError(f"the checkpoint's weights do not fit its config: {' '.join(str(e).split())[:200]}") from None
-    return model.eval()
 
 
 def first_line(e):

@@ -306,7 +306,7 @@ def peak_flops(device, dtype):
 
 def matmul_flops(device, n=768, repeats=7):
     """Measured FLOP/s of a plain fp32 product, about 0.1 s: what the time estimate stands on where no peak is known."""
-    a, seconds = torch.randn(n, n, device=device), []
+    a, seconds = torch.ones(n, n, device=device), []                         # not randn: the run's random stream is its own
     for _ in range(repeats):
         start = time.perf_counter()
         (a @ a)[0, 0].item()                                                 # .item() waits for a GPU to finish
@@ -404,7 +404,7 @@ class Run:
         if state["tokenizer"] != self.tokenizer.hash():
             raise ValueError(f"the checkpoint was trained with tokenizer {state['tokenizer']}, the token files hold "
                              f"{self.tokenizer.hash()}: give the --data of that run, or train afresh without --resume")
-        self.model.load_state_dict(state["model"])
+        M.load_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"].cpu())
         if "cuda" in state["rng"] and "cuda" in self.device:
@@ -476,7 +476,7 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
     log_path, checkpoint = os.path.join(s.out, "log.jsonl"), os.path.join(s.out, "checkpoint.pt")
     plan = None if quiet else describe(run.config, s, run.device, run.dtype, len(train_tokens), tokenizer)
     say = (lambda *_: None) if quiet else print
-    trim_log(log_path, run.step)
+    trim_log(log_path, run.step if state else -1)
     with open(log_path, "a") as log, Stop() as stop:
         def record(kind, fields):
             log.write(json.dumps(dict(kind=kind, **fields)) + "\n")
@@ -542,9 +542,9 @@ def log_line(f, done, run):
 
 def trim_log(path, step):
     """A run that resumes at `step` repeats the steps after it: drop their records, so that the log has each step once.
-    A half-written last line (kill -9) goes too. Step 0 is a new run and starts a new log."""
+    A half-written last line (kill -9) goes too. Step -1, a new run, starts a new log."""
     kept = []
-    if step and os.path.exists(path):
+    if step >= 0 and os.path.exists(path):
         with open(path) as f:
             for line in f:
                 with contextlib.suppress(ValueError, KeyError):
@@ -631,8 +631,6 @@ def run_many(name, variants, seeds, s, data):
             with contextlib.suppress(ValueError):                            # a line cut by a kill
                 r = json.loads(line)
                 done[r["key"]] = r
-        with open(path, "w") as f:
-            f.writelines(json.dumps(r) + "\n" for r in done.values())
     results, start, fresh, total = {}, time.perf_counter(), 0, len(variants) * len(seeds)
     for i, (seed, (label, change)) in enumerate(itertools.product(seeds, variants)):
         changed = argparse.Namespace(**{**vars(s), **change, "seed": seed, "out": os.path.join(folder, f"{i}")})
@@ -645,7 +643,7 @@ def run_many(name, variants, seeds, s, data):
                                  params=M.num_params(r["run"].config), log=r["log"])
             done.setdefault(key, dict(key=key, label=label, seed=seed, bpb=math.inf, loss=math.inf, seconds=0.0, params=0, log=None))
             with open(path, "a") as f:
-                f.write(json.dumps(done[key]) + "\n")
+                f.write("\n" + json.dumps(done[key]) + "\n")                 # a fresh line, even after one that was cut
             fresh += 1
         left = (time.perf_counter() - start) / max(1, fresh) * (total - i - 1)
         print(f"  run {i + 1:>3}/{total} | {label:<28} | seed {seed} | {done[key]['bpb']:.4f} bits/byte | {done[key]['seconds']:5.0f} s | "
