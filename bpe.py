@@ -1,56 +1,115 @@
 r"""bpe.py - lecture 1: tokenization.
-What   text -> token ids and back: characters, bytes, words, and byte-pair encoding (BPE) trained, stored, applied, written to disk.
+
+What   text -> token ids and back: characters, bytes, words, and byte-pair encoding (BPE); training it,
+       applying it, storing it, and writing a corpus to disk as one array of ids.
+Why    A model predicts one id at a time, so fewer ids for the same text are fewer steps and a longer view.
+       Characters need a vocabulary of 154,998 (Unicode 16) for 1 to 4 bytes an id, bytes 256 for 1 byte,
+       words an endless one, and still meet words they do not know. BPE begins with the bytes and adds what
+       is frequent: 3.5 bytes an id of Python at 4,096 ids, 4.0 at 16,384 (production models: 100,000 to
+       250,000), and there is no text that it cannot write.
+How    pre-tokens = findall(pattern, text)      a regex cuts text into words; no id ever spans two pre-tokens
+       merge      = argmax over pairs (a, b) of (sum over pre-tokens of count * occurrences, (a, b)), to V ids
+       encode     = in every pre-token apply the merge of lowest rank until none applies
+       ratio      = UTF-8 bytes / ids           compression_ratio(text, ids): what the lecture compares
+Facts  ord("牛") = 29275, ord("🌍") = 127757, "🌍".encode() = f0 9f 8c 8d: one byte of it is no character, which
+       is why decode works on all ids together. Over 98% of web pages are UTF-8. Byte-level models without a
+       tokenizer (ByT5, MEGABYTE, BLT, T-FREE) exist and are not yet scaled to the frontier; compare them in
+       bits per byte, never in loss per token.
+Run    python bpe.py                                              # this lecture, 20 s on 2 cores; out/bpe.png
+       python bpe.py train --data FILE --vocab_size 10000 --out out      # -> out/tokenizer.json
+       python bpe.py encode --tokenizer out/tokenizer.json --data FILE --out out/train.bin
+       python bpe.py decode --tokenizer out/tokenizer.json out/train.bin
+       python bpe.py show --tokenizer out/tokenizer.json --text "Hello"
+       python bpe.py prepare --out out                            # the standard library -> train.bin, val.bin
+See    SEE
+Outline  1 the naive version   2 characters and words   3 incremental training   4 text in pieces that can
+         stand alone   5 many processes   6 the tokenizer   7 tokenizer.json   8 token files   9 corpora
+         10 accounting and demo   11 command line.   On a first reading: 1, 2, 3, 6 and the demo.
+Sources  Gage 1994; Sennrich et al. 2016, arXiv 1508.07909; GPT-2 (Radford et al. 2019): byte alphabet, regex.
 """
-import argparse, ast, codecs, functools, gc, gzip, hashlib, heapq, itertools, json, os, re, signal, sys, threading, time, unicodedata
-import multiprocessing as mp
+import argparse
+import ast
+import codecs
+import contextlib
+import functools
+import gc
+import gzip
+import hashlib
+import heapq
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import unicodedata
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
-import regex                                         # re has no \p{L} (any letter of any script)
+import regex                                         # re knows no \p{L}, a letter of any script
 
 EOT = "<|endoftext|>"                                # ends every document of a token file
+# Contractions, letters, numbers, the rest, each with the one blank before it; of a run of white space all but
+# the last.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_AFTER_GPT2 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
-               r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-GPT4_PATTERN = _AFTER_GPT2 % "{1,3}"                 # digits in threes; Llama-3 uses the same, Qwen2 one digit a token
-PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": GPT4_PATTERN, "qwen2": _AFTER_GPT2 % ""}
+LATER_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# cl100k: three digits at most, lines end a pre-token, 'LL as 'll
+GPT4_PATTERN = LATER_PATTERN % "{1,3}"
+PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": GPT4_PATTERN, "qwen2": LATER_PATTERN % ""}
 
 
-# --- 1. the naive version ---------------------------------------------------------------------------------------------
+# --- 1. the naive version -------------------------------------------------------------------------
 
 def split_special(text, special_tokens):
-    """Pieces of text, special tokens as pieces of their own; of overlapping ones the longest wins."""
+    """[text, special, text, special, ..., text]: special tokens stand at the odd places; where two overlap,
+    the longest wins.
+
+    Nothing is counted or merged across a special token, so this comes before the regex, in training and in
+    encoding."""
     return special_regex(tuple(special_tokens)).split(text) if special_tokens else [text]
 
 
 @functools.lru_cache(64)
 def special_regex(special_tokens):
-    return re.compile("(" + "|".join(map(re.escape, sorted(special_tokens, key=len, reverse=True))) + ")")
+    # a regex takes the first alternative that fits
+    longest_first = sorted(special_tokens, key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
 
 def train_bpe_naive(text, vocab_size, special_tokens=(), pattern=GPT2_PATTERN):
-    """Count every adjacent pair, merge the most frequent, start again: O(merges * text).  The oracle of train_bpe."""
-    documents = [text] if isinstance(text, str) else read_documents(text)          # a str is text, a Path a file
-    pieces = [p for text in documents for part in split_special(text, special_tokens)[::2]
-              for p in regex.findall(pattern, part)]
-    words = Counter(tuple(bytes([b]) for b in p.encode()) for p in pieces)
+    """Count every adjacent pair, merge the most frequent, count again: O(merges * text). The oracle of
+    train_bpe.
+
+    text: a string, or a Path or a list of Paths to read. Returns (vocab, merges) as train_bpe does."""
+    documents = [text] if isinstance(text, str) else read_documents(text)
+    ordinary = [part for document in documents for part in split_special(document, special_tokens)[::2]]
+    pre_tokens = Counter(p for part in ordinary for p in regex.findall(pattern, part))
+    words = {tuple(bytes([b]) for b in p.encode()): n for p, n in pre_tokens.items()}
     merges = []
     while len(merges) < vocab_size - 256 - len(special_tokens):
         counts = Counter()
         for word, n in words.items():
-            for pair in zip(word, word[1:]): counts[pair] += n
-        if not counts: break
+            for pair in zip(word, word[1:]):
+                # "aaa" holds (a, a) twice, though only one of them can merge
+                counts[pair] += n
+        if not counts:
+            break
+        # a tie goes to the greater pair of byte strings
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
-        words = {merge_word(word, best): n for word, n in words.items()}
+        words = {merge_naive(word, best): n for word, n in words.items()}
     return make_vocab(merges, special_tokens), merges
 
 
-def merge_word(word, pair):
-    """(b"t", b"h", b"e"), (b"t", b"h") -> (b"th", b"e"), from left to right: "aaa" by (a, a) gives (aa, a)."""
+def merge_naive(word, pair):
+    """(t, h, e) by (t, h) -> (th, e). From left to right, so (a, a, a) by (a, a) -> (aa, a)."""
     out, i = [], 0
     while i < len(word):
         step = 2 if word[i:i + 2] == pair else 1
@@ -59,369 +118,127 @@ def merge_word(word, pair):
     return tuple(out)
 
 
-def encode_naive(piece, merges):
-    """One pre-token -> its tokens as bytes: every merge of the list in the order in which training made it."""
-    word = tuple(bytes([b]) for b in piece.encode())
-    for pair in merges: word = merge_word(word, pair)
+def encode_naive(pre_token, merges):
+    """The tokens (bytes) of one pre-token: all merges, one after the other, as training made them. The oracle
+    of encode."""
+    word = tuple(bytes([b]) for b in pre_token.encode())
+    for pair in merges:
+        word = merge_naive(word, pair)
     return list(word)
 
 
 def make_vocab(merges, special_tokens):
-    """id -> bytes: the bytes, the special tokens, the merges; a larger vocabulary moves no id of a smaller one."""
-    tokens = [bytes([b]) for b in range(256)] + [s.encode() for s in special_tokens] + [a + b for a, b in merges]
+    """id -> bytes: 256 bytes, then special tokens, then merges. A larger vocabulary therefore moves no id of
+    a smaller one."""
+    tokens = [bytes([b]) for b in range(256)]
+    tokens += [name.encode() for name in special_tokens] + [a + b for a, b in merges]
     return dict(enumerate(tokens))
 
 
-def compression_ratio(text, ids):
-    """UTF-8 bytes per token: how much shorter the model's sequence is than the byte sequence."""
-    return len(text.encode()) / max(1, len(ids))
-
-
-# --- 2. three tokenizers that are not enough --------------------------------------------------------------------------
+# --- 2. characters and words: two tokenizers that are not enough (bytes follow in 6) --------------
 
 class CharacterTokenizer:
-    """id = code point.  A vocabulary of 1.1 million, of which a corpus meets a few thousand; 1.0 to 3 bytes per token."""
+    """id = code point. 1.1 million ids, most of them never seen in training, for 1 to 4 bytes each."""
     vocab_size = 0x110000
 
-    def encode(self, text): return [ord(c) for c in text]
-    def decode(self, ids): return "".join(map(chr, ids))
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
 
 
 class WordTokenizer:
-    """id = whole pre-token.  Good compression, and every word that the corpus did not hold is UNK: information is lost."""
+    """id = whole pre-token of a corpus. Compresses best, and everything the corpus did not hold is UNK: text
+    is lost."""
     UNK = "<unk>"
 
     def __init__(self, corpus, pattern=GPT2_PATTERN):
         self.pattern = pattern
         self.words = [self.UNK, *sorted(set(regex.findall(pattern, corpus)))]
-        self.ids = {w: i for i, w in enumerate(self.words)}
+        self.ids = {word: i for i, word in enumerate(self.words)}
         self.vocab_size = len(self.words)
 
-    def encode(self, text): return [self.ids.get(w, 0) for w in regex.findall(self.pattern, text)]
-    def decode(self, ids): return "".join(self.words[i] for i in ids)
+    def encode(self, text):
+        return [self.ids.get(word, 0) for word in regex.findall(self.pattern, text)]
+
+    def decode(self, ids):
+        return "".join(self.words[i] for i in ids)
 
 
-# --- 3. reading text in pieces ----------------------------------------------------------------------------------------
+# --- 3. incremental training ----------------------------------------------------------------------
+# A merge changes only the pairs at its own positions. So keep for every pair the positions where it stands,
+# and a heap of pairs by count. All pairs that hold a new token appear at the moment it is made; after that a
+# pair can only lose positions to other merges. A count in the heap is therefore an upper bound: recount when
+# it comes to the top, no sooner.
 
-BLOCK = 1 << 20                                      # characters (or bytes) read or encoded at a time
-# Places where a pre-tokenizer of PATTERNS cuts whatever stands left and right of it, so that both sides may be handled
-# alone: the end of a word or number (not before a combining mark, which belongs to it), before a blank, and after a line.
-CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}])|\p{N}(?=[^\p{N}\p{M}])|\S(?=[^\S\r\n])|\S\n(?=\S)", regex.REVERSE)
-CUT_NFC = regex.compile(r"\S(?=[^\S\r\n])|\S\n(?=\S)", regex.REVERSE)   # a letter may decompose to letter + mark
-
-
-class Cutter:
-    """Cuts a stream of text into pieces that can be tokenized alone.  cut: regex of safe places, None if none is proven."""
-
-    def __init__(self, cut, special_tokens=()):
-        specials = sorted(special_tokens, key=len, reverse=True)
-        self.cut, self.longest = cut, max(map(len, specials), default=1)
-        self.special = regex.compile("|".join(map(regex.escape, specials))) if specials else None
-
-    def last(self, text):
-        """The last safe place in text when more may follow; 0 if there is none.  It is never inside a special token."""
-        end = len(text) - self.longest + 1            # a special token that begins before `end` is complete
-        while end > 0:
-            m = (self.cut or self.special).search(text, 0, end) if self.cut else None
-            if not m: return 0
-            i = m.end()
-            spans = self.special.finditer(text, max(0, i - self.longest), i + self.longest, overlapped=True) \
-                if self.special else ()
-            clash = [s.start() for s in spans if s.start() < i < s.end()]
-            if not clash: return i
-            end = min(clash) + 1
-        return 0
-
-    def pieces(self, chunks, size=0):
-        """Joins chunks and yields pieces as soon as `size` characters can be cut off."""
-        held, need = "", size
-        for chunk in chunks:
-            held += chunk
-            if len(held) <= need: continue
-            i = self.last(held)
-            if i:
-                yield held[:i]
-                held = held[i:]
-                need = size
-            else: need = 2 * len(held)               # looking again at each chunk would be quadratic
-        if held: yield held
-
-
-def slices(text, size=BLOCK):
-    return (text[i:i + size] for i in range(0, len(text), size))
-
-
-def file_blocks(path, errors="strict", start=0, end=None):
-    """Decoded blocks of a text file; .gz is unpacked.  Byte-exact: no newline translation."""
-    decoder, at = codecs.getincrementaldecoder("utf-8")(errors), start
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
-        f.seek(start)
-        while True:
-            block = f.read(BLOCK if end is None else min(BLOCK, end - at))
-            if b"\0" in block and errors == "strict":
-                raise ValueError(f"{path}: not a text file (NUL byte at offset {at + block.index(0)}); --errors replace reads on")
-            pending = len(decoder.getstate()[0])
-            try: text = decoder.decode(block, final=not block)
-            except UnicodeDecodeError as e:
-                raise ValueError(f"{path}: invalid UTF-8 at byte {at - pending + e.start} ({e.reason}); "
-                                 f"--errors replace reads on with U+FFFD") from None
-            if text: yield text
-            if not block: return
-            at += len(block)
-
-
-def jsonl_documents(path, errors):
-    """Field "text" of every line."""
-    held, number = "", 0
-    for block in itertools.chain(file_blocks(path, errors), ["\n"]):
-        *lines, held = (held + block).split("\n")
-        for line in lines:
-            number += 1
-            if not line.strip(): continue
-            try: text = json.loads(line)["text"]
-            except (ValueError, KeyError, TypeError) as e:
-                raise ValueError(f'{path}: line {number} is not a JSON object with a field "text" ({e})') from None
-            if not isinstance(text, str): raise ValueError(f'{path}: line {number}: "text" is {type(text).__name__}')
-            yield text
-
-
-def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
-    """(piece, ends a document) of all files, in order.  A document longer than BLOCK comes in several pieces if the cutter
-    can cut it, so memory stays bounded; without a cutter every document is one piece.  EOT ends a document:
-    none begins after the last one."""
-    for path in paths:
-        path = Path(path)
-        if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; give --data a text file or a folder of them")
-        if path.stat().st_size == 0: raise ValueError(f"{path}: is empty")
-        if ".jsonl" in path.suffixes[-2:]:
-            yield from document_pieces(jsonl_documents(path, errors), cutter)
-            continue
-        held, need = "", BLOCK
-        for block in file_blocks(path, errors, start, end):
-            held += block
-            if len(held) < need and EOT not in held: continue
-            *documents, held = held.split(EOT)
-            yield from document_pieces(documents, cutter)
-            need = BLOCK
-            if cutter and len(held) >= BLOCK:
-                i = cutter.last(held[:len(held) - len(EOT)])     # the end may be the beginning of an EOT
-                if i: yield held[:i], False
-                else: need = 2 * len(held)
-                held = held[i:]
-        if held: yield held, True
-
-
-def document_pieces(documents, cutter):
-    for document in documents:
-        parts = deque(cutter.pieces(slices(document), BLOCK) if cutter and document else [document])
-        while parts: yield parts.popleft(), not parts
-
-
-def read_documents(paths, errors="strict"):
-    """Documents of text files: a file is one, unless it holds EOT between several; .jsonl has one a line; .gz of both."""
-    for piece, _ in read_pieces(as_paths(paths), errors): yield piece
-
-
-def as_paths(paths):
-    return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(p) for p in paths]
-
-
-# --- 4. many processes ------------------------------------------------------------------------------------------------
-
-_worker = None
-
-
-def _start_worker(function, args):
-    global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)     # Ctrl-C is the parent's to handle, who then ends the workers
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.stderr = open(os.devnull, "w")               # errors travel with the result; a worker that is ended has none
-    gc.disable()                                     # millions of strings, no cycles: a quarter of the time
-    parent = mp.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()     # no orphans
-    _worker = lambda task: function(task, *args)
-
-
-def _work(task): return _worker(task)
-
-
-def parallel_map(function, tasks, num_processes, *args):
-    """function(task, *args) of every task, in order; at most 2 tasks a process are in flight, so memory is bounded."""
-    if num_processes == 1:
-        yield from (function(task, *args) for task in tasks)
-        return
-    others, waiting = set(mp.active_children()), deque()
-    context = mp.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function, args))
+@contextlib.contextmanager
+def no_gc():
+    """Millions of strings and tuples, and no cycles among them: without the collector's scans they cost a
+    fifth less time. Used as a decorator."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        for task in tasks:
-            waiting.append(pool.submit(_work, task))
-            if len(waiting) > 2 * num_processes: yield waiting.popleft().result()
-        while waiting: yield waiting.popleft().result()
-    except BrokenProcessPool:
-        raise RuntimeError("a worker process was killed (out of memory?); try --processes 1") from None
+        yield
     finally:
-        if waiting:                                  # stopped early: do not wait for work that nobody wants
-            for p in set(mp.active_children()) - others: p.terminate()
-        pool.shutdown(cancel_futures=True)
+        if enabled:
+            gc.enable()
 
 
-def batches(pieces, size):
-    """Lists of pieces of about `size` characters: one task each."""
-    batch, n = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        n += len(piece[0])
-        if n >= size:
-            yield batch
-            batch, n = [], 0
-    if batch: yield batch
+DEAD = -2                                            # a place inside a token; -1 stands between words
 
 
-def default_processes():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Progress:
-    """One line on stderr, at most once a second: done, rate, estimated end."""
-
-    def __init__(self, what, total, on):
-        self.what, self.total, self.on, self.start, self.next = what, total, on, time.monotonic(), 1.0
-
-    def __call__(self, done, unit="MB", scale=1e6):
-        seconds = time.monotonic() - self.start
-        if not self.on or seconds < self.next: return
-        self.next = seconds + 1
-        rate = done / seconds
-        left = f"{max(0, self.total - done) / rate:.0f} s left" if self.total else ""
-        print(f"\r{self.what}: {done / scale:,.1f} {unit}, {rate / scale:,.1f} {unit}/s, {left}   ", end="", file=sys.stderr)
-
-    def close(self):
-        if self.on and self.next > 1: print(file=sys.stderr)
-
-
-# --- 5. training BPE --------------------------------------------------------------------------------------------------
-
-UNIT = r"[^\p{L}\p{N}]*+(?:\p{L}++|\p{N}++)|[^\p{L}\p{N}]++"      # everything up to the end of the next word or number
-
-
-class Splitter:
-    """Text -> units -> pre-tokens.  The pattern is the slow part of all that follows, and text repeats itself: a cheap
-    regex cuts units at the ends of words (a CUT, so no pre-token crosses one), and the pattern sees each unit once."""
-
-    def __init__(self, pattern):
-        try: self.any = regex.compile(pattern)
-        except regex.error as e: raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from None
-        if self.any.groups: raise ValueError(f"pattern {pattern!r} has {self.any.groups} capture groups; write (?:...)")
-        self.known = pattern in PATTERNS.values()    # of another pattern nothing is proven: a text is one unit
-        self.ascii = re.compile(ascii_twin(pattern), re.ASCII) if self.known else self.any
-        self.unit, self.ascii_unit = regex.compile(UNIT), re.compile(ascii_twin(UNIT))
-
-    def units(self, text):
-        if not self.known: return [text] if text else []
-        return (self.ascii_unit if text.isascii() else self.unit).findall(text)
-
-    def pieces(self, unit): return (self.ascii if unit.isascii() else self.any).findall(unit)
-
-
-def ascii_twin(pattern):
-    r"""The pattern for ASCII text, which re can search, twice as fast as regex: \p{L} is [a-zA-Z], \p{N} is [0-9]."""
-    ranges = {r"\p{L}": "a-zA-Z", r"\p{N}": "0-9"}
-    inside = re.sub(r"\[[^]]*\]", lambda m: re.sub(r"\\p{.}", lambda p: ranges[p[0]], m[0]), pattern)
-    return re.sub(r"\\p{.}", lambda p: f"[{ranges[p[0]]}]", inside)
-
-
-def count_pieces(batch, splitter, special_tokens):
-    """Counter of pre-tokens (bytes) of a batch of (text, last) pieces."""
-    units, words = Counter(), {}
-    for text, _ in batch:
-        for part in split_special(text, special_tokens)[::2]: units.update(splitter.units(part))
-    for unit, n in units.items():
-        for piece in splitter.pieces(unit): words[piece] = words.get(piece, 0) + n
-    return {piece.encode(): n for piece, n in words.items()}
-
-
-def check_training(vocab_size, special_tokens):
-    repeated = [s for s, n in Counter(special_tokens).items() if n > 1]
-    if repeated: raise ValueError(f"special token {repeated[0]!r} is repeated; give each once")
-    if "" in special_tokens: raise ValueError("a special token is empty; give it at least one character")
-    if vocab_size < 256 + len(special_tokens):
-        raise ValueError(f"vocab_size={vocab_size} is smaller than 256 bytes + {len(special_tokens)} special tokens: "
-                         f"try --vocab_size {max(512, 256 + len(special_tokens))} or more")
-
-
-def train_bpe(input_path, vocab_size, special_tokens, *, pattern=GPT2_PATTERN, num_processes=None, errors="strict",
-              progress=False):
-    """Trains byte-pair encoding on text files -> (vocab: dict[int, bytes], merges: list[tuple[bytes, bytes]]).
-
-    Ids 0..255 are the bytes, then the special tokens, then the merges, so that no id moves when the vocabulary grows.
-    Ties go to the greater pair of byte strings.  The result does not depend on num_processes.  A corpus that runs out of
-    pairs gives fewer merges than asked for.  ValueError: vocab_size < 256 + special tokens, bad special tokens, bad text."""
-    paths = as_paths(input_path)
-    cutter = Cutter(CUT if pattern in PATTERNS.values() else None, special_tokens)
-    size = sum(p.stat().st_size for p in paths if p.is_file())
-    return train_pieces(read_pieces(paths, errors, cutter), vocab_size, special_tokens, pattern, num_processes,
-                        Progress("count", size, progress))
-
-
-def train_pieces(pieces, vocab_size, special_tokens, pattern=GPT2_PATTERN, num_processes=None, progress=None):
-    special_tokens = list(special_tokens)
-    check_training(vocab_size, special_tokens)
-    progress = progress or Progress("count", 0, False)
-    counts, done = Counter(), 0
-    for part in parallel_map(count_pieces, batches(pieces, 16 * BLOCK), num_processes or default_processes(), Splitter(pattern),
-                             special_tokens):
-        counts.update(part)
-        done += sum(map(len, part))
-        progress(done)
-    progress.close()
-    merges = merge_pairs(counts, vocab_size - 256 - len(special_tokens), progress.on)
-    return make_vocab(merges, special_tokens), merges
-
-
-DEAD = -2                                            # a position inside a token; -1 separates words
-
-
+@no_gc()
 def merge_pairs(counts, num_merges, show=False):
-    """The merges of the word counts {bytes: n}."""
+    """{pre-token as bytes: count} -> merges. Equal to the naive trainer's, each for the cost of the positions
+    it touches."""
     symbol, weight = lay_out(counts)
     tokens = [bytes([b]) for b in range(256)]
-    order = [tie_key(t) for t in tokens]
-    length = np.ones(256 + num_merges, np.int64)
+    order = [tie_key(token) for token in tokens]
+    length = np.ones(256 + max(0, num_merges), np.int64)                  # bytes of each token
     heap, merges = [], []
     at = np.flatnonzero((symbol[:-1] >= 0) & (symbol[1:] >= 0))
     push_pairs(heap, order, weight, symbol[at], symbol[at + 1], at)
-    progress = Progress("merge", num_merges, show)
+    progress = Progress("merge", num_merges, show, "merges", 1)
     while heap and len(merges) < num_merges:
         bound, _, _, a, b, at = heap[0]
-        at = at[(symbol[at] == a) & (symbol[at + length[a]] == b)]        # those that no later merge has taken
+        # places that no other merge has taken since
+        at = at[(symbol[at] == a) & (symbol[at + length[a]] == b)]
         count = int(weight[at].sum())
-        if count < -bound:
-            if count: heapq.heapreplace(heap, (-count, order[a], order[b], a, b, at))
-            else: heapq.heappop(heap)
-            continue
         heapq.heappop(heap)
-        if a == b: at = every_second(at, length[a])
+        if count < -bound:                           # it was a bound only: back into the heap with the true count
+            if count:
+                heapq.heappush(heap, (-count, order[a], order[b], a, b, at))
+            continue
+        if a == b:
+            at = every_second(at, length[a])
         new = len(tokens)
         merges.append((tokens[a], tokens[b]))
         tokens.append(tokens[a] + tokens[b])
         order.append(tie_key(tokens[new]))
         length[new] = length[a] + length[b]
+        # A token's id stands at its first and its last byte, so a neighbour on either side finds it: "th" "e"
+        # is [th th e], merged [new DEAD new]. What was recorded at a place that is now inside or at an end
+        # matches no longer.
         middle = at + length[a]
         symbol[middle - 1] = symbol[middle] = DEAD
         symbol[at] = symbol[at + length[new] - 1] = new
         left, right = symbol[at - 1], symbol[at + length[new]]
-        l, r = (left >= 0) & (left != new), right >= 0                    # (new, new) is counted once, as a right pair
-        push_pairs(heap, order, weight, np.concatenate([left[l], np.full(r.sum(), new)]),
-                   np.concatenate([np.full(l.sum(), new), right[r]]),
-                   np.concatenate([at[l] - length[left[l]], at[r]]))
-        progress(len(merges), "merges", 1)
+        # (new, new) is counted once: as the left one's right pair
+        has_left = (left >= 0) & (left != new)
+        has_right = right >= 0
+        left, right = left[has_left], right[has_right]
+        push_pairs(heap, order, weight, np.concatenate([left, np.full_like(right, new)]),
+                   np.concatenate([np.full_like(left, new), right]),
+                   np.concatenate([at[has_left] - length[left], at[has_right]]))
+        progress(len(merges))
     progress.close()
     return merges
 
 
 def lay_out(counts):
-    """All words in one array: -1 word -1 word -1 ...; weight[i] = how often the word at position i occurs."""
+    """{b"ab": 5, b"c": 2} -> symbol [-1 a b -1 c -1], weight [0 5 5 0 2 0]: all words in one array, and their
+    counts."""
     size = np.fromiter(map(len, counts), np.int64, len(counts))
     at = np.arange(size.sum()) + np.repeat(np.arange(1, len(counts) + 1), size)
     symbol = np.full(size.sum() + len(counts) + 1, -1, np.int32)
@@ -432,102 +249,464 @@ def lay_out(counts):
 
 
 def tie_key(token):
-    """A string that is smaller the greater the bytes: complements, and an end mark above all (b"ab" > b"a")."""
-    return "".join(chr(255 - b) for b in token) + "\u0100"
+    """A string that is the smaller the greater the token, since heapq gives the smallest first: every byte
+    becomes its complement, and an end mark above them all puts b"ab" before b"a"."""
+    return "".join([chr(255 - b) for b in token]) + "\u0100"
 
 
 def push_pairs(heap, order, weight, first, second, at):
-    """One heap entry for each distinct pair (first[i], second[i]) with all its positions at[i], ascending."""
-    if not len(at): return
+    """One heap entry (-count, tie, tie, a, b, positions) for each distinct pair (first[i], second[i]) at
+    position at[i]."""
+    if not len(at):
+        return
     key = first.astype(np.int64) << 32 | second
-    by = np.argsort(key, kind="stable")
-    key, at = key[by], at[by]
+    # stable: the positions of a pair stay ascending, every_second needs it
+    by_pair = np.argsort(key, kind="stable")
+    key, at = key[by_pair], at[by_pair]
     start = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
-    total = np.add.reduceat(weight[at], start)
+    count = np.add.reduceat(weight[at], start)
     end = [*start[1:].tolist(), len(at)]
-    for k, n, i, j in zip(key[start].tolist(), total.tolist(), start.tolist(), end):
+    for k, n, i, j in zip(key[start].tolist(), count.tolist(), start.tolist(), end):
         a, b = k >> 32, k & 0xFFFFFFFF
         heapq.heappush(heap, (-n, order[a], order[b], a, b, at[i:j]))
 
 
 def every_second(at, step):
-    """Of positions that overlap (a, a, a) every second one merges, from the left of each run."""
-    new_run = np.concatenate([[True], at[1:] - at[:-1] != step])
+    """Of places that overlap every second one merges, from the left: "aaaa" holds (a, a) at 0, 1, 2; 0 and 2
+    merge."""
     index = np.arange(len(at))
-    return at[(index - np.maximum.accumulate(np.where(new_run, index, 0))) % 2 == 0]
+    # where a run of overlapping places begins
+    begins = np.concatenate([[True], at[1:] - at[:-1] != step])
+    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
+    return at[in_run % 2 == 0]
 
 
-# --- 6. the BPE tokenizer ---------------------------------------------------------------------------------------------
+# --- 4. text in pieces that can stand alone -------------------------------------------------------
+# A 5 GB file, a stream, two workers: all need places where a text may be cut without changing a single
+# pre-token. Such a place must be a pre-token's edge whatever stands left and right of it. For every pattern
+# in PATTERNS these are: the end of a run of letters or of numbers, a blank after something else, and what
+# follows a single line end. Not a safe place: before a line end ("}\n" is one pre-token of GPT-4), or inside
+# white space (what it becomes depends on the character after it).
 
-NONE = np.int64(1 << 62)                             # rank of a pair that no merge joins
+BLOCK = 1 << 20                                      # characters, or bytes, handled at a time
+CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}])|\p{N}(?=[^\p{N}\p{M}])|\S(?=[^\S\r\n])|\S\n(?=\S)",
+                    regex.REVERSE)
+# NFC may turn a letter into letter and mark
+CUT_NFC = regex.compile(r"\S(?=[^\S\r\n])|\S\n(?=\S)", regex.REVERSE)
+# everything up to the end of a word or number
+UNIT = r"[^\p{L}\p{N}]*+(?:\p{L}++|\p{N}++)|[^\p{L}\p{N}]++"
+
+
+class Cutter:
+    """Cuts streams of text at safe places. cut: CUT, CUT_NFC, or None where none is proven: then nothing is
+    ever cut."""
+
+    def __init__(self, cut, special_tokens=()):
+        longest_first = sorted(special_tokens, key=len, reverse=True)
+        self.cut, self.longest = cut, max(map(len, longest_first), default=1)
+        self.special = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
+
+    def last(self, text):
+        """The last safe place in a text of which more may follow; 0 if there is none."""
+        # a special token that begins before `end` is here completely
+        end = len(text) - self.longest + 1
+        while self.cut and end > 0:
+            match = self.cut.search(text, 0, end)    # searches backwards, and looks at nothing from `end` on
+            if not match:
+                break
+            i = match.end()
+            near = self.special.finditer(text, max(0, i - self.longest), i + self.longest, overlapped=True)
+            inside = [s.start() for s in near if s.start() < i < s.end()]
+            if not inside:
+                return i
+            end = min(inside) + 1                    # never cut a special token in two: look further left
+        return 0
+
+    def pieces(self, chunks, size=0):
+        """Joins chunks and gives pieces of more than `size` characters as soon as they can be cut off."""
+        held, need = "", size
+        for chunk in chunks:
+            held += chunk
+            if len(held) <= need:
+                continue
+            i = self.last(held)
+            if i:
+                yield held[:i]
+            # not at every chunk: that would be quadratic
+            held, need = held[i:], size if i else 2 * len(held)
+        if held:
+            yield held
+
+
+def slices(text, size=BLOCK):
+    return (text[i:i + size] for i in range(0, len(text), size))
+
+
+def file_blocks(path, errors="strict", start=0, end=None):
+    """The text of a file (unpacked if .gz) block by block, bytes start to end. No newline is translated: ids
+    decode to the same bytes. ValueError: NUL bytes (no text file) or invalid UTF-8, with the offset;
+    errors="replace" goes on."""
+    decoder, at = codecs.getincrementaldecoder("utf-8")(errors), start
+    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+        f.seek(start)
+        while True:
+            block = f.read(BLOCK if end is None else min(BLOCK, end - at))
+            if b"\0" in block and errors == "strict":
+                raise ValueError(f"{path}: not a text file (NUL byte at offset {at + block.index(0)}); "
+                                 f"--errors replace reads it all the same")
+            pending = len(decoder.getstate()[0])     # bytes of a character that the block before began
+            try:
+                text = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as e:
+                raise ValueError(f"{path}: invalid UTF-8 at byte {at - pending + e.start} ({e.reason}); "
+                                 f"--errors replace reads on with U+FFFD") from None
+            if text:
+                yield text
+            if not block:
+                return
+            at += len(block)
+
+
+def jsonl_documents(path, errors):
+    """The field "text" of every line."""
+    held, number = "", 0
+    for block in itertools.chain(file_blocks(path, errors), ["\n"]):
+        *lines, held = (held + block).split("\n")
+        for line in lines:
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                text = json.loads(line)["text"]
+                if not isinstance(text, str):
+                    raise TypeError(f'"text" is {type(text).__name__}')
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f'{path}: line {number}: no JSON object with a text "text" ({e})') from None
+            yield text
+
+
+def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
+    """(piece, whether it ends a document) of all files in turn. A file is one document, or several that EOT
+    ends; a .jsonl has one a line. A long document comes in several pieces if the cutter can cut it; so memory
+    does not grow with a file."""
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; give --data a text file or a folder of them")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{path}: is empty; give --data a file with text")
+        if ".jsonl" in path.suffixes[-2:]:
+            yield from document_pieces(jsonl_documents(path, errors), cutter)
+            continue
+        held, need = "", BLOCK
+        for block in file_blocks(path, errors, start, end):
+            held += block
+            if len(held) < need and EOT not in held:
+                continue
+            *documents, held = held.split(EOT)
+            yield from document_pieces(documents, cutter)
+            # the rest may begin an EOT
+            i = cutter.last(held[:1 - len(EOT)]) if cutter and len(held) >= BLOCK else 0
+            if i:
+                yield held[:i], False
+            held, need = held[i:], BLOCK if i or len(held) < BLOCK else 2 * len(held)
+        if held:
+            yield held, True
+
+
+def document_pieces(documents, cutter):
+    """(piece, whether it ends a document) of documents in memory; an empty document is one empty piece."""
+    for document in documents:
+        long = cutter and len(document) > BLOCK
+        parts = deque(cutter.pieces(slices(document), BLOCK) if long else [document])
+        while parts:
+            yield parts.popleft(), not parts
+
+
+def read_documents(paths, errors="strict"):
+    """The documents of a path or a list of paths, one string each (see read_pieces)."""
+    for document, _ in read_pieces(as_paths(paths), errors):
+        yield document
+
+
+def as_paths(paths):
+    return [Path(paths)] if isinstance(paths, (str, os.PathLike)) else [Path(p) for p in paths]
+
+
+class PreTokenizer:
+    """Text -> units -> pre-tokens. The pattern is slow and text repeats itself, so a cheap regex first cuts
+    units, at ends of words (safe places, each unit is whole pre-tokens), and the pattern sees each distinct
+    unit once."""
+
+    def __init__(self, pattern):
+        try:
+            self.any = regex.compile(pattern)
+        except regex.error as e:
+            raise ValueError(f"pattern {pattern!r} is not a regular expression: {e}") from None
+        if self.any.groups:
+            raise ValueError(f"pattern {pattern!r} has capture groups; write (?:...) instead")
+        # of another pattern nothing is proven: a text is one unit
+        self.known = pattern in PATTERNS.values()
+        self.ascii = re.compile(ascii_twin(pattern), re.ASCII) if self.known else self.any
+        self.any_unit, self.ascii_unit = regex.compile(UNIT), re.compile(ascii_twin(UNIT))
+
+    def units(self, text):
+        if not self.known:
+            return [text]
+        return (self.ascii_unit if text.isascii() else self.any_unit).findall(text)
+
+    def pre_tokens(self, unit):
+        return (self.ascii if unit.isascii() else self.any).findall(unit)
+
+
+def ascii_twin(pattern):
+    r"""The same pattern for ASCII text, where re can search, twice as fast as regex: \p{L} is [a-zA-Z], \p{N}
+    is [0-9]."""
+    ranges = {r"\p{L}": "a-zA-Z", r"\p{N}": "0-9"}
+    in_class = re.sub(r"\[[^]]*\]", lambda m: re.sub(r"\\p{.}", lambda p: ranges[p[0]], m[0]), pattern)
+    return re.sub(r"\\p{.}", lambda p: f"[{ranges[p[0]]}]", in_class)
+
+
+# --- 5. many processes ----------------------------------------------------------------------------
+# Counting and encoding are parallel over pieces of text; merging is not (each merge depends on all before).
+
+_task_function = None                                # set in a worker process when it starts
+
+
+def _start_worker(function, args):
+    global _task_function
+    _task_function = functools.partial(function, *args)
+    # Ctrl-C reaches the whole group; the parent ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # errors travel with results; a worker that is ended has none to tell
+    sys.stderr = open(os.devnull, "w")
+    parent = multiprocessing.parent_process()
+    # no orphans after a kill -9
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _run_task(task):
+    return _task_function(task)
+
+
+def parallel_map(function, tasks, num_processes, *args):
+    """function(*args, task) of every task, in order. At most 2 tasks a process wait, so memory does not grow
+    with them."""
+    if num_processes == 1:
+        yield from map(functools.partial(function, *args), tasks)
+        return
+    others, waiting = set(multiprocessing.active_children()), deque()
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function, args))
+    try:
+        for task in tasks:
+            waiting.append(pool.submit(_run_task, task))
+            if len(waiting) > 2 * num_processes:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    except BrokenProcessPool:
+        raise RuntimeError(f"one of {num_processes} worker processes was killed (too little memory?); "
+                           f"try --processes 1") from None
+    finally:
+        # an error or Ctrl-C: do not wait for work that nobody wants
+        if waiting:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(pieces, size):
+    """Lists of pieces of about `size` characters: a task each."""
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[0])
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def default_processes():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Progress:
+    """A line on stderr once a second (every ten into a file): done, rate, time left."""
+
+    def __init__(self, what, total=0, on=False, unit="MB", scale=1e6):
+        self.what, self.total, self.on, self.unit, self.scale = what, total, on, unit, scale
+        self.every, self.end = (1, "\r") if sys.stderr.isatty() else (10, "\n")
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, done):
+        now = time.monotonic()
+        if not self.on or now - self.shown < self.every:
+            return
+        rate, self.shown = done / (now - self.start), now
+        left = f", {max(0, self.total - done) / rate:.0f} s left" if self.total and rate else ""
+        done, rate = done / self.scale, rate / self.scale
+        line = f"{self.what} {done:,.1f} {self.unit}, {rate:,.1f} {self.unit}/s{left}   "
+        print(line, end=self.end, file=sys.stderr, flush=True)
+
+    def close(self):
+        if self.shown > self.start and self.end == "\r":
+            print(file=sys.stderr)
+
+
+def count_pre_tokens(pre_tokenizer, special_tokens, batch):
+    """One worker's task: ({pre-token as bytes: count}, bytes of text) of a list of (piece, ends a
+    document)."""
+    units, counts = Counter(), {}
+    for text, _ in batch:
+        for part in split_special(text, special_tokens)[::2]:
+            units.update(pre_tokenizer.units(part))
+    for unit, n in units.items():
+        for pre_token in pre_tokenizer.pre_tokens(unit):
+            counts[pre_token] = counts.get(pre_token, 0) + n
+    size = sum(len(text.encode()) for text, _ in batch)
+    return {pre_token.encode(): n for pre_token, n in counts.items()}, size
+
+
+def train_bpe(input_path, vocab_size, special_tokens, *, pattern=GPT2_PATTERN, num_processes=None,
+              errors="strict", progress=False):
+    """Trains BPE on a text file or a list of them -> (vocab: dict[int, bytes], merges: list[tuple[bytes,
+    bytes]]).
+
+    Ids 0..255 are the bytes, then come the special tokens, then the merges; so no id moves when the
+    vocabulary grows. A tie goes to the greater pair of byte strings. A corpus that runs out of pairs gives
+    fewer merges than asked for. Neither the number of processes nor the order of the files matters. Memory:
+    the distinct pre-tokens, not the text. ValueError: vocab_size below 256 + special tokens; a special token
+    empty or repeated; a file that is no UTF-8 text."""
+    paths = as_paths(input_path)
+    cutter = Cutter(CUT if pattern in PATTERNS.values() else None, special_tokens)
+    size = sum(p.stat().st_size for p in paths if p.is_file() and p.suffix != ".gz")
+    pieces = read_pieces(paths, errors, cutter)
+    progress = Progress("count", size, progress)
+    return train_pieces(pieces, vocab_size, special_tokens, pattern, num_processes, progress)
+
+
+def train_pieces(pieces, vocab_size, special_tokens, pattern=GPT2_PATTERN, num_processes=None, progress=None):
+    """train_bpe on (piece, ends a document) from anywhere."""
+    special_tokens, progress = list(special_tokens), progress or Progress("count")
+    repeated = [s for s, n in Counter(special_tokens).items() if n > 1]
+    if repeated:
+        raise ValueError(f"special token {repeated[0]!r} is repeated; give each once")
+    if "" in special_tokens:
+        raise ValueError("a special token is empty; give it at least one character")
+    smallest = 256 + len(special_tokens)
+    if vocab_size < smallest:
+        raise ValueError(f"vocab_size={vocab_size} is below 256 bytes + {len(special_tokens)} special tokens "
+                         f"= {smallest}: try --vocab_size {max(512, smallest)}")
+    counts, done = Counter(), 0
+    num_processes = num_processes or default_processes()
+    for part, size in parallel_map(count_pre_tokens, batches(pieces, 8 * BLOCK), num_processes,
+                                   PreTokenizer(pattern), special_tokens):
+        counts.update(part)
+        done += size
+        progress(done)
+    progress.close()
+    merges = merge_pairs(counts, vocab_size - smallest, progress.on)
+    return make_vocab(merges, special_tokens), merges
+
+
+# --- 6. the BPE tokenizer -------------------------------------------------------------------------
+
+NO_MERGE = np.int64(1 << 62)                         # the rank of a pair that no merge joins
 
 
 class BPETokenizer:
-    """vocab: dict[int, bytes]; merges: list[tuple[bytes, bytes]] in order of rank; special_tokens: strings that are one id.
+    """vocab: dict[int, bytes]; merges: list[tuple[bytes, bytes]] by rank; special_tokens: strings that are
+    one id each.
 
-    Special tokens missing from vocab are appended.  Of overlapping special tokens the longest wins."""
-    CACHE = 1 << 25                                  # characters of units whose ids are remembered
+    Special tokens that vocab lacks get the next ids. normalizer: None or "NFC". ignore_merges (Llama-3): a
+    pre-token that is in vocab is that id, whatever the merges make of it. ordinary_added: special tokens that
+    a tokenizer.json does not call special. ValueError: vocab lacks a part of a merge; a merge uses a token
+    that only later merges make."""
+    CACHE = 1 << 25                                  # characters of units whose ids are kept: bounds memory
 
-    def __init__(self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *, normalizer=None, ignore_merges=False,
-                 ordinary_added=()):
+    def __init__(self, vocab, merges, special_tokens=None, pattern=GPT2_PATTERN, *, normalizer=None,
+                 ignore_merges=False, ordinary_added=()):
         self.vocab, self.merges, self.pattern = dict(vocab), [tuple(m) for m in merges], pattern
-        self.normalizer, self.ignore_merges, self.ordinary_added = normalizer, ignore_merges, frozenset(ordinary_added)
+        self.normalizer, self.ignore_merges = normalizer, ignore_merges
+        self.ordinary_added = frozenset(ordinary_added)
         names = list(special_tokens or ())
         if "" in names or len(set(names)) < len(names):
-            raise ValueError(f"special tokens {names}: one is empty or repeated")
-        known = {token: i for i, token in sorted(self.vocab.items())}     # of equal tokens the last is the special one
+            raise ValueError(f"special tokens {names}: one is empty or repeated; give each once")
         self.special_tokens = dict(special_tokens) if isinstance(special_tokens, dict) else {}
-        for s in names:
-            if s not in self.special_tokens:
-                self.special_tokens[s] = known.setdefault(s.encode(), max(self.vocab, default=-1) + 1)
-            self.vocab.setdefault(self.special_tokens[s], s.encode())
+        # of two equal tokens the later is the special one
+        known = {token: i for i, token in sorted(self.vocab.items())}
+        for name in names:
+            if name not in self.special_tokens:
+                self.special_tokens[name] = known.get(name.encode(), max(self.vocab, default=-1) + 1)
+            self.vocab.setdefault(self.special_tokens[name], name.encode())
         self.vocab_size = max(self.vocab) + 1
         self.eot_id = self.special_tokens.get(EOT)
-        self._prepare()
+        self._pre_tokenizer = PreTokenizer(pattern)
+        self._cut = None if not self._pre_tokenizer.known else CUT if normalizer is None else CUT_NFC
+        self._cache, self._cached = {}, 0            # unit -> packed ids; characters in it
+        self._index_tokens()
+        self._index_merges()
 
-    def _prepare(self):
+    def _index_tokens(self):
+        """bytes -> id of ordinary tokens, and all tokens' bytes in one array for decoding."""
         special = set(self.special_tokens.values())
-        plain = {bytes([b]) for b in range(256)} | {a + b for a, b in self.merges}
-        order = sorted(self.vocab, key=lambda i: (i not in special, -i))  # of equal tokens the ordinary, then lowest id wins
-        self.ids = {self.vocab[i]: i for i in order if i not in special or self.vocab[i] in plain}
-        for a, b in self.merges:
-            if not {a, b, a + b} <= self.ids.keys(): raise ValueError(f"vocab lacks a part of the merge {a!r} {b!r}")
+        ordinary = {bytes([b]) for b in range(256)} | {a + b for a, b in self.merges}
+        last_wins = sorted(self.vocab, key=lambda i: (i not in special, -i))
+        self.ids = {self.vocab[i]: i for i in last_wins if i not in special or self.vocab[i] in ordinary}
         self._byte_id = np.array([self.ids.get(bytes([b]), -1) for b in range(256)], np.int64)
-        used, made = {}, {}
-        for rank, (a, b) in enumerate(self.merges):
-            used.setdefault(a, rank), used.setdefault(b, rank)
-            made[a + b] = rank
-        for token, rank in used.items():
-            if len(token) > 1 and not made.get(token, rank) < rank:
-                raise ValueError(f"merge {rank} uses {token!r}, which is made only by merge {made.get(token)}")
-        pairs = {}
-        for rank, (a, b) in enumerate(self.merges): pairs.setdefault(self.ids[a] * self.vocab_size + self.ids[b], rank)
-        key, rank = np.array([*pairs, NONE], np.int64), np.array([*pairs.values(), NONE], np.int64)
-        order = np.argsort(key)
-        self._key, self._rank = key[order], rank[order]
-        self._made = np.array([self.ids[a + b] for a, b in self.merges] or [0], np.int64)
-        self._splitter = Splitter(self.pattern)
-        self._cut = None if not self._splitter.known else CUT if self.normalizer is None else CUT_NFC
-        self._cache, self._cached = {}, 0
         table = [self.vocab.get(i, b"") for i in range(self.vocab_size)]
         self._bytes, self._size = np.frombuffer(b"".join(table), np.uint8), np.array([len(t) for t in table])
         self._start = np.cumsum(self._size) - self._size
 
-    # -- text -> ids
+    def _index_merges(self):
+        """A pair (a, b) is the number a * vocab_size + b; sorted, so that one binary search finds many pairs'
+        ranks."""
+        used, made, ranks = {}, {}, {}
+        for rank, (a, b) in enumerate(self.merges):
+            if not {a, b, a + b} <= self.ids.keys():
+                raise ValueError(f"vocab lacks a part of merge {rank}, {a!r} + {b!r}")
+            used.setdefault(a, rank)
+            used.setdefault(b, rank)
+            made[a + b] = rank
+            ranks.setdefault(self.ids[a] * self.vocab_size + self.ids[b], rank)
+        # _merge relies on it: a new token never has an older pair to join
+        for token, rank in used.items():
+            if made.get(token, -1) >= rank:
+                raise ValueError(f"merge {rank} uses {token!r}, which merge {made[token]} makes only later")
+        pair, rank = np.array([*ranks, NO_MERGE]), np.array([*ranks.values(), NO_MERGE])
+        order = np.argsort(pair)
+        self._pair, self._rank = pair[order], rank[order]
+        self._made = np.array([self.ids[a + b] for a, b in self.merges], np.int64)         # rank -> id
+
     def encode(self, text, allowed_special="all"):
-        """ids of text.  allowed_special: "all", or the special tokens that count; () makes everything ordinary text."""
+        """The ids of text. allowed_special: "all", or those special tokens that count; () for text from
+        users, who then cannot type a control token. No beginning-of-text is added. ValueError: lone
+        surrogates, unknown special tokens."""
         return self.encode_array(text, allowed_special).tolist()
 
     def encode_array(self, text, allowed_special="all"):
-        """encode as an array of uint32."""
+        """encode, as an array of uint32."""
         specials = self._allowed(allowed_special)
         parts = split_special(text, specials)
         parts[::2] = self.encode_texts(parts[::2])
-        parts[1::2] = [np.uint32(specials[s]).tobytes() for s in parts[1::2]]
+        parts[1::2] = [np.uint32(specials[name]).tobytes() for name in parts[1::2]]
         return np.frombuffer(b"".join(parts), np.uint32)
 
+    def _allowed(self, allowed_special):
+        if isinstance(allowed_special, str) and allowed_special == "all":
+            return self.special_tokens
+        unknown = set(allowed_special) - set(self.special_tokens)
+        if unknown:
+            raise ValueError(f"allowed_special {sorted(unknown)} are not among the special tokens "
+                             f"{list(self.special_tokens)}")
+        return {name: self.special_tokens[name] for name in allowed_special}
+
     def encode_texts(self, texts):
-        """ids of each text, as ordinary text, packed as uint32 (bytes).  Many texts at once cost less than one by one."""
+        """The ids of each text, as ordinary text, packed as uint32 (bytes). Many texts at once cost less than
+        one by one."""
         done, ids = [], []
         for batch in batches(document_pieces(texts, Cutter(self._cut)), BLOCK):
             for (_, last), packed in zip(batch, self._encode_batch([text for text, _ in batch])):
@@ -537,463 +716,560 @@ class BPETokenizer:
                     ids = []
         return done
 
-    def _allowed(self, allowed_special):
-        if isinstance(allowed_special, str) and allowed_special == "all": return self.special_tokens
-        unknown = set(allowed_special) - set(self.special_tokens)
-        if unknown: raise ValueError(f"allowed_special {sorted(unknown)} are no special tokens: {list(self.special_tokens)}")
-        return {s: self.special_tokens[s] for s in allowed_special}
-
     def _encode_batch(self, texts):
-        """A unit's ids are worked out once and then copied from the cache."""
         for text in texts:
-            try: text.encode()
+            try:
+                text.encode()
             except UnicodeEncodeError as e:
-                raise ValueError(f"text holds a lone surrogate U+{ord(text[e.start]):04X} at character {e.start}: not Unicode; "
-                                 'text.encode("utf-8", "replace").decode() makes it "?"') from None
-        if self.normalizer: texts = [unicodedata.normalize(self.normalizer, text) for text in texts]
-        units = [self._splitter.units(text) for text in texts]
+                code = ord(text[e.start])
+                raise ValueError(f"text holds a lone surrogate U+{code:04X} at character {e.start}; "
+                                 f'text.encode("utf-8", "replace").decode() turns it into "?"') from None
+        if self.normalizer:
+            texts = [unicodedata.normalize(self.normalizer, text) for text in texts]
+        units = [self._pre_tokenizer.units(text) for text in texts]
         cache = self._learn(set(itertools.chain.from_iterable(units)))
-        return [b"".join(map(cache.__getitem__, of_text)) for of_text in units]
+        return [b"".join(map(cache.__getitem__, units_of_text)) for units_of_text in units]
 
+    @no_gc()
     def _learn(self, units):
-        """The cache {unit: packed ids}, with these units in it."""
+        """The cache with these units in it. Only new ones cost anything, and all their merges are made
+        together."""
         cache, new = self._cache, units.difference(self._cache)
         self._cached += sum(map(len, new))
-        if self._cached > self.CACHE:                # start again; another thread may still read the old dictionary
+        # begin again; another thread may still read the old dictionary
+        if self._cached > self.CACHE:
             self._cache = cache = {}
             new, self._cached = units, sum(map(len, units))
-        if not new: return cache
-        split = {unit: self._splitter.pieces(unit) for unit in new}
-        if not self._splitter.known and any("".join(pieces) != unit for unit, pieces in split.items()):
-            raise ValueError(f"pattern {self.pattern!r} leaves out part of the text")
+        split = {unit: self._pre_tokenizer.pre_tokens(unit) for unit in new}
+        if not self._pre_tokenizer.known and any("".join(p) != unit for unit, p in split.items()):
+            raise ValueError(f"pattern {self.pattern!r} leaves out part of the text, which would be lost")
         words = list(set(itertools.chain.from_iterable(split.values())))
-        ids = dict(zip(words, self._merge([w.encode() for w in words])))
+        ids = dict(zip(words, self._merge([word.encode() for word in words])))
         if self.ignore_merges:
             ids |= {w: np.uint32(self.ids[w.encode()]).tobytes() for w in words if w.encode() in self.ids}
-        for unit, pieces in split.items(): cache[unit] = b"".join([ids[piece] for piece in pieces])
+        for unit, pre_tokens in split.items():
+            cache[unit] = b"".join([ids[p] for p in pre_tokens])
         return cache
 
     def _merge(self, words):
-        """words (bytes) -> packed ids: in every round each word merges its pair of lowest rank, all words at once."""
+        """Pre-tokens (bytes) -> packed ids. All of them lie in one array, and in every round each word merges
+        its pair of lowest rank, wherever it stands; a word without such a pair is done. Rounds: the most
+        merges any word needs."""
         out = [b""] * len(words)
-        size = np.fromiter(map(len, words), np.int64, len(words))
+        size = np.fromiter(map(len, words), np.int64, len(words))         # symbols left in each word
         ids = self._byte_id[np.frombuffer(b"".join(words), np.uint8)]
-        name = np.arange(len(words))
-        if (ids < 0).any(): raise ValueError("the text has a byte that the vocabulary lacks")
+        if (ids < 0).any():
+            raise ValueError(f"vocab lacks the byte {b''.join(words)[np.argmin(ids)]:#04x} of the text")
+        name = np.arange(len(words))                 # which word it was
         while len(name):
             start = np.cumsum(size) - size
             pair = ids[:-1] * self.vocab_size + ids[1:]
-            found = np.searchsorted(self._key, pair)
-            rank = np.append(np.where(self._key[found] == pair, self._rank[found], NONE), NONE)
-            rank[start[1:] - 1] = NONE               # a pair that crosses two words
+            found = np.searchsorted(self._pair, pair)
+            rank = np.append(np.where(self._pair[found] == pair, self._rank[found], NO_MERGE), NO_MERGE)
+            # the last symbol of a word and the first of the next are no pair
+            rank[start[1:] - 1] = NO_MERGE
             best = np.minimum.reduceat(rank, start)
-            over = best == NONE
-            if over.any():
-                for w, i, n in zip(name[over].tolist(), start[over].tolist(), size[over].tolist()):
+            done = best == NO_MERGE
+            if done.any():
+                for w, i, n in zip(name[done].tolist(), start[done].tolist(), size[done].tolist()):
                     out[w] = ids[i:i + n].astype(np.uint32).tobytes()
-                go = np.repeat(~over, size)
-                ids, rank, name, size, best = ids[go], rank[go], name[~over], size[~over], best[~over]
-                if not len(name): break
+                go_on = np.repeat(~done, size)
+                ids, rank, name, size, best = ids[go_on], rank[go_on], name[~done], size[~done], best[~done]
             word = np.repeat(np.arange(len(name)), size)
-            at = every_second(np.flatnonzero(rank == best[word]), 1)
-            ids[at] = self._made[rank[at]]
-            size -= np.bincount(word[at], minlength=len(name))
-            ids = np.delete(ids, at + 1)
+            at = np.flatnonzero(rank == best[word])
+            if len(at):
+                at = every_second(at, 1)             # of "aaa" the first two
+                ids[at] = self._made[rank[at]]
+                ids = np.delete(ids, at + 1)
+                size -= np.bincount(word[at], minlength=len(name))
         return out
 
     def encode_iterable(self, chunks, allowed_special="all"):
-        """ids of "".join(chunks), lazily, for every way to cut the text.  Holds back at most the text since the last place
-        where the pre-tokenizer cuts for certain: memory is bounded by the longest run without such a place."""
+        """The ids of "".join(chunks), lazily, however the text is cut: through a special token, a word, white
+        space. Only the text since the last safe place is held back, so memory is bounded by the longest
+        stretch without one."""
         cutter = Cutter(self._cut, self._allowed(allowed_special))
-        for piece in cutter.pieces(part for chunk in chunks for part in slices(chunk)): yield from self.encode(piece, allowed_special)
+        for piece in cutter.pieces(part for chunk in chunks for part in slices(chunk)):
+            yield from self.encode(piece, allowed_special)
 
-    # -- ids -> text
     def decode_bytes(self, ids):
-        """The bytes of ids (a list or, faster, an array): every token's bytes gathered from one table of all."""
-        if not isinstance(ids, np.ndarray): ids = np.fromiter(ids, np.int64)
+        """The bytes of a list or, faster, an array of ids. ValueError: an id outside 0 .. vocab_size - 1."""
+        if not isinstance(ids, np.ndarray):
+            ids = np.fromiter(ids, np.int64)
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             bad = next(i for i in ids.tolist() if not 0 <= i < self.vocab_size)
-            raise ValueError(f"id {bad} is outside the vocabulary of {self.vocab_size:} ids, 0 to {self.vocab_size - 1}")
+            raise ValueError(f"id {bad} is not in the vocabulary of {self.vocab_size} ids, which begin at 0")
         out = []
-        for block in (ids[i:i + (1 << 14)] for i in range(0, len(ids), 1 << 14)):          # what fits the processor's cache
+        # what follows then stays in the processor's cache: twice as fast
+        for block in slices(ids, 1 << 14):
             size = self._size[block]
-            end = np.cumsum(size)
-            at = np.repeat(self._start[block] - (end - size), size) + np.arange(size.sum())
+            # from a byte's place in the text to its place in
+            shift = self._start[block] - (np.cumsum(size) - size)
+            at = np.repeat(shift, size) + np.arange(size.sum())           # the array of all tokens
             out.append(self._bytes[at].tobytes())
         return b"".join(out)
 
     def decode(self, ids, errors="replace"):
-        """Text of ids; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ids. Not every list of ids is UTF-8, a model may stop inside a character: U+FFFD stands
+        for the rest."""
         return self.decode_bytes(ids).decode("utf-8", errors)
 
-    # -- files
     def hash(self):
-        """16 hex digits over all that decides which ids a text gets."""
-        state = [sorted((i, t.hex()) for i, t in self.vocab.items()), [(a.hex(), b.hex()) for a, b in self.merges],
+        """16 hex digits over everything that decides a text's ids; token files and checkpoints record it."""
+        state = [sorted((i, token.hex()) for i, token in self.vocab.items()),
+                 [(a.hex(), b.hex()) for a, b in self.merges],
                  sorted(self.special_tokens.items()), self.pattern, self.normalizer, self.ignore_merges]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
 
     def save(self, path):
-        """Writes the Hugging Face tokenizer.json."""
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-        split = {"type": "Split", "pattern": {"Regex": self.pattern}, "behavior": "Isolated", "invert": False}
-        names = {i: s for s, i in self.special_tokens.items()}
-        vocab = {names.get(i) or printable(t): i for i, t in sorted(self.vocab.items())}
-        if len(vocab) < len(self.vocab): raise ValueError("a special token has the name of another token")
-        added = [{"id": i, "content": s, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-                  "special": s not in self.ordinary_added} for s, i in sorted(self.special_tokens.items(), key=lambda x: x[1])]
-        data = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                "normalizer": {"type": self.normalizer} if self.normalizer else None,
-                "pre_tokenizer": level if self.pattern == GPT2_PATTERN else
-                {"type": "Sequence", "pretokenizers": [split, level | {"use_regex": False}]},
-                "post_processor": None, "decoder": level,
-                "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                          "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-                          "ignore_merges": self.ignore_merges, "vocab": vocab,
-                          "merges": [[printable(a), printable(b)] for a, b in self.merges]}}
-        write_atomic(path, json.dumps(data, ensure_ascii=False, indent=1).encode())
+        """Writes a Hugging Face tokenizer.json, from which `tokenizers` gives the same ids."""
+        write_atomic(path, json.dumps(tokenizer_json(self), ensure_ascii=False, indent=1).encode())
 
     @classmethod
     def load(cls, path):
-        """Reads a Hugging Face tokenizer.json of the GPT-2, Llama-3 or Qwen2 kind; ValueError names what it cannot do.
-        ids equal those of tokenizers with add_special_tokens=False."""
+        """Reads a tokenizer.json of the GPT-2, Llama-3 or Qwen2 kind. Same ids as tokenizers' encode(...,
+        add_special_tokens=False). What would change ids and is not done here is a ValueError that names
+        it."""
         path = Path(path)
-        if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; make one: python bpe.py train --data FILE --out DIR")
-        try: data = json.loads(path.read_bytes())
-        except ValueError as e: raise ValueError(f"{path}: not a tokenizer.json (truncated or not JSON: {e})") from None
-        try: return cls(**parse_tokenizer(data))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{path}: {e if isinstance(e, ValueError) else f'unexpected structure ({e!r})'}") from None
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; python bpe.py train --data FILE --out DIR")
+        try:
+            return cls(**parse_tokenizer(json.loads(path.read_bytes())))
+        except json.JSONDecodeError as e:
+            raise ValueError(f"{path}: truncated, or no tokenizer.json ({e})") from None
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from None
+        except (KeyError, TypeError, AttributeError, IndexError) as e:
+            raise ValueError(f"{path}: not built like a tokenizer.json ({e!r})") from None
 
     @classmethod
     def from_gpt2(cls, vocab_json_path, merges_txt_path, special_tokens=(EOT,)):
-        """From the vocab.json and merges.txt that GPT-2 was published with."""
-        raw = json.loads(Path(vocab_json_path).read_text("utf-8"))
+        """From vocab.json and merges.txt, the form in which GPT-2 was published."""
+        try:
+            names = json.loads(Path(vocab_json_path).read_bytes())
+        except ValueError as e:
+            raise ValueError(f"{vocab_json_path}: truncated, or no vocab.json ({e})") from None
         lines = Path(merges_txt_path).read_text("utf-8").split("\n")
-        merges = [tuple(map(unprintable, m.split(" "))) for m in lines if m and not m.startswith("#version")]
-        vocab = {i: s.encode() if s in special_tokens else unprintable(s) for s, i in raw.items()}
+        lines = [line for line in lines if line and not line.startswith("#version")]
+        merges = [tuple(map(from_printable, line.split(" "))) for line in lines]
+        vocab = {i: name.encode() if name in special_tokens else from_printable(name)
+                 for name, i in names.items()}
         return cls(vocab, merges, list(special_tokens))
 
 
 class ByteTokenizer(BPETokenizer):
-    """BPE without a single merge: id = byte, 256 = EOT.  Exactly 1 byte per token."""
+    """id = byte, 256 = EOT: BPE without a single merge. Never an unknown word, and exactly 1 byte an id."""
 
-    def __init__(self): super().__init__(make_vocab([], [EOT]), [], [EOT])
-
-
-def load_tokenizer(path): return BPETokenizer.load(path)
+    def __init__(self):
+        super().__init__(make_vocab([], [EOT]), [], [EOT])
 
 
-def _byte_table():
-    """GPT-2's way to write bytes as printable characters: those that print stand for themselves, the rest from U+0100."""
-    keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    return {b: chr(b) for b in keep} | {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in keep)}
+def load_tokenizer(path):
+    """The tokenizer of a tokenizer.json, of bytes or of BPE."""
+    return BPETokenizer.load(path)
 
 
-BYTE_CHAR = _byte_table()
-CHAR_BYTE = {c: b for b, c in BYTE_CHAR.items()}
+# --- 7. tokenizer.json ----------------------------------------------------------------------------
+# JSON holds text, tokens are bytes. GPT-2's way out: bytes that print stand for themselves, the others for
+# U+0100 and on.
+
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+CHAR_OF_BYTE = {b: chr(b) for b in PRINTABLE}
+CHAR_OF_BYTE |= {b: chr(256 + n) for n, b in enumerate(b for b in range(256) if b not in CHAR_OF_BYTE)}
+BYTE_OF_CHAR = {c: b for b, c in CHAR_OF_BYTE.items()}
 
 
-def printable(token): return "".join([BYTE_CHAR[b] for b in token])
+def to_printable(token):
+    return "".join([CHAR_OF_BYTE[b] for b in token])
 
 
-def unprintable(name):
-    try: return bytes([CHAR_BYTE[c] for c in name])
-    except KeyError as e: raise ValueError(f"token {name!r} is not written in GPT-2's byte alphabet ({e} is not in it)") from None
+def from_printable(name):
+    try:
+        return bytes([BYTE_OF_CHAR[c] for c in name])
+    except KeyError as e:
+        raise ValueError(f"token {name!r} is not in GPT-2's byte alphabet ({e})") from None
+
+
+def tokenizer_json(tok):
+    """What save writes. Special tokens stand in the model's vocabulary too: else tokenizers would give them
+    other ids."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
+    special = {i: name for name, i in tok.special_tokens.items()}
+    vocab = {special.get(i) or to_printable(token): i for i, token in sorted(tok.vocab.items())}
+    if len(vocab) < len(tok.vocab):
+        raise ValueError(f"a special token of {list(tok.special_tokens)} is written like another token")
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": name, **flags, "special": name not in tok.ordinary_added}
+                         for i, name in sorted(special.items())],
+        "normalizer": {"type": tok.normalizer} if tok.normalizer else None,
+        "pre_tokenizer": byte_level if tok.pattern == GPT2_PATTERN else
+        {"type": "Sequence", "pretokenizers": [split, byte_level | {"use_regex": False}]},
+        "post_processor": None, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": tok.ignore_merges, "vocab": vocab,
+                  "merges": [[to_printable(a), to_printable(b)] for a, b in tok.merges]}}
 
 
 def parse_tokenizer(data):
-    """tokenizer.json as a dict -> arguments of BPETokenizer; whatever would change ids and is not supported is an error."""
+    """A tokenizer.json -> the arguments of BPETokenizer."""
     model = data["model"]
-    for field, allowed in [("type", ("BPE", None)), ("dropout", (None, 0, 0.0)), ("continuing_subword_prefix", (None, "")),
-                           ("end_of_word_suffix", (None, "")), ("byte_fallback", (None, False))]:
-        if model.get(field) not in allowed: raise ValueError(f"model.{field} = {model.get(field)!r} is not supported")
+    for field, allowed in [("type", ("BPE", None)), ("dropout", (None, 0)), ("byte_fallback", (None, False)),
+                           ("continuing_subword_prefix", (None, "")), ("end_of_word_suffix", (None, ""))]:
+        if model.get(field) not in allowed:
+            raise ValueError(f"model.{field} {model[field]!r} is not supported, only {allowed[0]!r}")
     for field in ("truncation", "padding"):
-        if data.get(field): raise ValueError(f"{field} = {data[field]!r} is not supported; remove it from the file")
+        if data.get(field):
+            raise ValueError(f"{field} {data[field]} is not supported; set it to null in the file")
     normalizer = (data.get("normalizer") or {}).get("type")
-    if normalizer not in (None, "NFC"): raise ValueError(f"normalizer {data['normalizer']} is not supported (NFC or none)")
+    if normalizer not in (None, "NFC"):
+        raise ValueError(f"normalizer {data['normalizer']} is not supported, only NFC or none")
     added = data.get("added_tokens") or []
-    for t in added:
-        flags = [f for f in ("single_word", "lstrip", "rstrip") if t.get(f)] + ["normalized"] * bool(normalizer and t.get("normalized"))
-        if flags: raise ValueError(f"added token {t['content']!r}: {flags[0]} is not supported")
-    special = {t["content"]: t["id"] for t in added}
-    vocab = {i: s.encode() if special.get(s) == i else unprintable(s) for s, i in model["vocab"].items()}
-    merges = [tuple(map(unprintable, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
-    return dict(vocab=vocab, merges=merges, special_tokens=special, pattern=parse_pattern(data.get("pre_tokenizer")),
-                normalizer=normalizer, ignore_merges=bool(model.get("ignore_merges")),
-                ordinary_added=[t["content"] for t in added if not t.get("special")])
+    # "normalized" means something only where there is a normalizer
+    for token in added:
+        for flag in ("single_word", "lstrip", "rstrip", *["normalized"] * bool(normalizer)):
+            if token.get(flag):
+                raise ValueError(f"added token {token['content']!r}: {flag} is not supported")
+    special = {token["content"]: token["id"] for token in added}
+    vocab = {i: name.encode() if special.get(name) == i else from_printable(name)
+             for name, i in model["vocab"].items()}
+    merges = [tuple(map(from_printable, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
+    return dict(vocab=vocab, merges=merges, special_tokens=special,
+                pattern=parse_pattern(data.get("pre_tokenizer")), normalizer=normalizer,
+                ignore_merges=bool(model.get("ignore_merges")),
+                ordinary_added=[token["content"] for token in added if not token.get("special")])
 
 
 def parse_pattern(pre):
-    """ByteLevel(use_regex) or [Split(regex, Isolated), ByteLevel]."""
+    """ByteLevel with its own regex (GPT-2), or a Split by regex followed by ByteLevel without one (all later
+    models)."""
     steps = (pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]) if pre else []
-    bad = [s["type"] for s in steps] not in (["ByteLevel"], ["Split", "ByteLevel"]) or steps[-1].get("add_prefix_space") \
-        or steps[-1].get("use_regex", True) != (len(steps) == 1)
-    if not bad and len(steps) == 2:
-        bad = steps[0]["behavior"] != "Isolated" or steps[0].get("invert") or "Regex" not in steps[0]["pattern"]
-    if bad: raise ValueError(f"pre_tokenizer {pre} is not supported: ByteLevel, or Split (Regex, Isolated) and ByteLevel")
-    if len(steps) == 1: return GPT2_PATTERN
-    return steps[0]["pattern"]["Regex"]
+    kinds, level = [step["type"] for step in steps], steps[-1] if steps else {}
+    if not level.get("add_prefix_space"):
+        if kinds == ["ByteLevel"] and level.get("use_regex", True):
+            return GPT2_PATTERN
+        if kinds == ["Split", "ByteLevel"] and not level.get("use_regex", True):
+            split = steps[0]
+            if "Regex" in split["pattern"] and split["behavior"] == "Isolated" and not split.get("invert"):
+                return split["pattern"]["Regex"]
+    raise ValueError(f"pre_tokenizer {pre} is not supported, only ByteLevel, or Split (Regex, Isolated) and "
+                     f"ByteLevel")
 
 
-# --- 7. token files ---------------------------------------------------------------------------------------------------
+# --- 8. token files: ids little endian, one after the other, in .bin; what they are in .json ------
 
 def write_atomic(path, data):
-    """Writes bytes, or what a function writes to the open file, under a temporary name; synced, then renamed."""
+    """Writes bytes, or whatever data(file) writes, to path.part; then renames it. A crash or a full disk
+    leaves the old file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as f:
-            if callable(data): data(f)
-            else: f.write(data)
+            data(f) if callable(data) else f.write(data)
             f.flush()
+            # else the new name could survive a power cut and the content not
             os.fsync(f.fileno())
         os.replace(part, path)
-    except OSError as e: raise OSError(e.errno, f"{e.strerror or e}: nothing was written to", str(path)) from None
+    except OSError as e:
+        raise OSError(e.errno, f"{e.strerror or e}; nothing new was written to", str(path)) from None
     finally:
-        if part.parent.is_dir(): part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
-def encode_batch(batch, tokenizer, dtype):
-    """(packed ids with EOT after each document, bytes of text, documents)."""
-    end = np.uint32(tokenizer.eot_id).tobytes()
-    packed = tokenizer.encode_texts([text for text, _ in batch])
-    ids = b"".join([p + end if last else p for p, (_, last) in zip(packed, batch)])
-    return (np.frombuffer(ids, np.uint32).astype(dtype).tobytes(), sum(len(text.encode()) for text, _ in batch),
-            sum(last for _, last in batch))
+def encode_task(tok, dtype, batch):
+    """One worker's task: (packed ids with EOT after every document, bytes of text, documents)."""
+    end = np.uint32(tok.eot_id).tobytes()
+    texts, lasts = zip(*batch)
+    ids = b"".join([packed + end if last else packed for packed, last in zip(tok.encode_texts(texts), lasts)])
+    size = sum(len(text.encode()) for text in texts)
+    return np.frombuffer(ids, np.uint32).astype(dtype).tobytes(), size, sum(lasts)
 
 
-def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, progress=False, errors="strict", **extra):
-    """Writes the ids of all documents, EOT after each, to out_path (.bin) and its .json; returns what the .json holds.
+def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, progress=False,
+                 errors="strict"):
+    """Writes the ids of all documents with EOT after each; returns what is in the .json: dtype, tokens, bytes
+    (UTF-8 of the documents, without EOTs), documents, vocab_size, tokenizer (hash).
 
-    Text is ordinary text here: only EOT between documents is special.  A path, or a list of paths (Path, or str that
-    names a file) or of documents (str).  "bytes" counts the documents' UTF-8 without the EOTs."""
-    given = [paths_or_documents] if isinstance(paths_or_documents, (str, os.PathLike)) else paths_or_documents
-    cutter, total = Cutter(tokenizer._cut), 0
-    if isinstance(paths_or_documents, (str, os.PathLike)): given = [Path(paths_or_documents)]
-    if isinstance(given, list): total = sum(Path(p).stat().st_size for p in given if is_path(p))
+    Given: a path, or any iterable of paths and documents; a str in it is a path if a file has that name, else
+    a document. Documents are ordinary text: no special token but the EOTs between them. The result is the
+    same for all num_processes."""
+    single = isinstance(paths_or_documents, (str, os.PathLike))
+    given = [Path(paths_or_documents)] if single else paths_or_documents
+    known = given if isinstance(given, list) else []                      # of a generator the size is not
+    total = sum(Path(item).stat().st_size for item in known if is_file(item))
+    cutter = Cutter(tokenizer._cut)
     pieces = itertools.chain.from_iterable(
-        read_pieces([p], errors, cutter) if is_path(p) else document_pieces([p], cutter) for p in given)
-    return encode_pieces(tokenizer, pieces, out_path, num_processes, Progress("encode", total, progress), **extra)
+        read_pieces([item], errors, cutter) if isinstance(item, os.PathLike) or is_file(item)
+        else document_pieces([item], cutter) for item in given)
+    return encode_pieces(tokenizer, pieces, out_path, num_processes, Progress("encode", total, progress))
 
 
-def is_path(item):
-    return isinstance(item, os.PathLike) or (len(item) < 1000 and "\0" not in item and os.path.isfile(item))
+def is_file(item):
+    return isinstance(item, os.PathLike) or len(item) < 4096 and "\0" not in item and os.path.isfile(item)
 
 
-def encode_pieces(tokenizer, pieces, out_path, num_processes, progress, **extra):
-    if tokenizer.eot_id is None: raise ValueError(f"the tokenizer has no {EOT!r}, which ends every document of a token file")
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 65536 else "<u4")
-    info = {"dtype": dtype.name, "tokens": 0, "bytes": 0, "documents": 0, "vocab_size": tokenizer.vocab_size,
-            "tokenizer": tokenizer.hash(), **extra}
+def encode_pieces(tok, pieces, out_path, num_processes=None, progress=None, **more):
+    """encode_files on (piece, ends a document) from anywhere; more: further fields of the .json."""
+    if tok.eot_id is None:
+        raise ValueError(f"the tokenizer has no {EOT!r}, which ends every document of a token file; it has "
+                         f"{list(tok.special_tokens)}")
+    path, dtype, progress = Path(out_path), token_dtype(tok.vocab_size), progress or Progress("encode")
+    info = {"dtype": dtype.name, "tokens": 0, "bytes": 0, "documents": 0, "vocab_size": tok.vocab_size,
+            "tokenizer": tok.hash(), **more}
 
     def write(f):
-        for data, size, documents in parallel_map(encode_batch, batches(pieces, 4 * BLOCK), num_processes or default_processes(),
-                                                  tokenizer, dtype):
-            f.write(data)
-            info["tokens"] += len(data) // dtype.itemsize
+        for ids, size, documents in parallel_map(encode_task, batches(pieces, 4 * BLOCK),
+                                                 num_processes or default_processes(), tok, dtype):
+            f.write(ids)
+            info["tokens"] += len(ids) // dtype.itemsize
             info["bytes"] += size
             info["documents"] += documents
             progress(info["bytes"])
         progress.close()
-        if not info["documents"]: raise ValueError(f"no text to write to {out_path}")
+        if not info["documents"]:
+            raise ValueError(f"no documents to write to {path}")
 
-    path = Path(out_path)
     write_atomic(path, write)
-    write_atomic(path.with_suffix(".json"), (json.dumps(info) + "\n").encode())
+    # last: a .bin without its .json is not used
+    write_atomic(path.with_suffix(".json"), json.dumps(info).encode())
     return info
 
 
 def token_info(path):
-    """What the .json beside a token file says."""
+    """What the .json of a token file says."""
     path = Path(path).with_suffix(".json")
-    make = f"python bpe.py encode --tokenizer tokenizer.json --data FILE --out {path.with_suffix('.bin')}"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; make it: {make}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {remake(path)}")
     try:
         info = json.loads(path.read_bytes())
-        if info["dtype"] not in ("uint16", "uint32"): raise ValueError(f"dtype {info['dtype']!r}")
-        int(info["tokens"]), int(info["vocab_size"]), info["tokenizer"]
+        if info["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"dtype {info['dtype']!r} is neither uint16 nor uint32")
+        for key, kind in (("tokens", int), ("vocab_size", int), ("tokenizer", str)):
+            if not isinstance(info[key], kind):
+                raise TypeError(f"{key} {info[key]!r}")
         return info
     except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: damaged ({e}); make it again: {make}") from None
+        raise ValueError(f"{path}: damaged ({e}); {remake(path)}") from None
+
+
+def remake(path):
+    path = Path(path).with_suffix(".bin")
+    return f"make it: python bpe.py encode --tokenizer tokenizer.json --data FILE --out {path}"
 
 
 def load_tokens(path, tokenizer=None):
-    """The ids of a token file as an array on disk (np.memmap), checked against its .json and the tokenizer."""
+    """The ids of a token file as np.memmap. ValueError, with both values: size, vocabulary or tokenizer do
+    not match."""
     path, info = Path(path), token_info(path)
-    make = f"make it again: python bpe.py encode --tokenizer tokenizer.json --data FILE --out {path}"
-    if not path.is_file(): raise FileNotFoundError(f"{path}: no such file; {make}")
-    size, want = path.stat().st_size, info["tokens"] * np.dtype(info["dtype"]).itemsize
-    if size != want:
-        raise ValueError(f"{path}: has {size} bytes, but {info['tokens']} tokens of {info['dtype']} need {want}; {make}")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; {remake(path)}")
+    dtype, size = np.dtype(info["dtype"]).newbyteorder("<"), path.stat().st_size
+    if size != info["tokens"] * dtype.itemsize:
+        raise ValueError(f"{path}: {size} bytes, but {info['tokens']} tokens of {info['dtype']}, as its "
+                         f".json says, are {info['tokens'] * dtype.itemsize} bytes; {remake(path)}")
     if tokenizer is not None:
-        for what, here, there in [("vocabulary", tokenizer.vocab_size, info["vocab_size"]),
-                                  ("hash", tokenizer.hash(), info["tokenizer"])]:
-            if here != there:
-                raise ValueError(f"{path}: made with a tokenizer of {what} {there}, not this one of {what} {here}; {make}")
-    return np.memmap(path, np.dtype(info["dtype"]).newbyteorder("<"), "r")
+        for what, has, needs in [("vocabulary of", info["vocab_size"], tokenizer.vocab_size),
+                                 ("tokenizer", info["tokenizer"], tokenizer.hash())]:
+            if has != needs:
+                raise ValueError(f"{path}: made with {what} {has}, this tokenizer is {needs}; {remake(path)}")
+    return np.memmap(path, dtype, "r")
 
 
-# --- 8. corpora -------------------------------------------------------------------------------------------------------
+# --- 9. corpora -----------------------------------------------------------------------------------
 
-def corpus_root(): return Path(os.__file__).resolve().parent
+def corpus_root():
+    return Path(os.__file__).resolve().parent
 
 
 def corpus_files():
-    """The embedded corpus: the standard library of the running interpreter, *.py, without tests and site-packages."""
-    out, drop = [], {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    for folder, folders, files in os.walk(corpus_root()):
-        folders[:] = [d for d in folders if d not in drop and not d.endswith("_test")]
-        out += [Path(folder, f) for f in files if f.endswith(".py")]
-    return [p for p in sorted(out) if readable(p)]
+    """The embedded corpus: the running interpreter's standard library, *.py, without tests and installed
+    packages."""
+    leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = []
+    for folder, folders, names in os.walk(corpus_root()):
+        folders[:] = [name for name in folders if name not in leave_out]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    return [path for path in sorted(files) if is_text(path)]
 
 
-def readable(path):
+def is_text(path):
     try:
         data = path.read_bytes()
-        data.decode()
-        return bool(data) and b"\0" not in data
-    except (OSError, UnicodeDecodeError): return False
+        return bool(data.decode()) and b"\0" not in data
+    except (OSError, UnicodeDecodeError):
+        return False
 
 
-def held_out(name):
-    """True for a fixed 5% of all names (or texts)."""
+def is_held_out(name):
+    """True for 5% of all names or texts: the same ones on every machine, and whatever else the corpus
+    holds."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < 5
 
 
 def split_files(files, root=None):
-    """(train, val): 5% of the files by a hash of the path below the library, so the same on every machine."""
-    files = [Path(f) for f in files]
-    root = Path(root) if root else corpus_root()
-    name = {f: f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name for f in files}
-    val = [f for f in files if held_out(name[f])]
-    if not val and len(files) > 1: val = [min(files, key=lambda f: hashlib.sha256(name[f].encode()).digest())]
-    return [f for f in files if f not in set(val)], val
+    """(train, val): 5% of the files by a hash of the path below root (the standard library)."""
+    root = root or corpus_root()
+    names = {f: f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name
+             for f in map(Path, files)}
+    val = [f for f, name in names.items() if is_held_out(name)]
+    if not val and len(names) > 1:                   # few files: the one that comes nearest
+        val = [min(names, key=lambda f: hashlib.sha256(names[f].encode()).digest())]
+    return [f for f in names if f not in val], val
 
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".jsonl", ".txt.gz", ".jsonl.gz", ".html", ".c", ".h", ".json", ".csv")
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".csv", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
 def text_files(data):
-    """Files of a list of files and folders, in a fixed order."""
-    out = []
+    """The files of a path, or of a list of paths; of a folder, all text files below it."""
+    files = []
     for path in as_paths(data):
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.name.endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
-            if not found: raise ValueError(f"{path}: no text files in this folder ({' '.join(TEXT_SUFFIXES)})")
-            out += found
-        elif path.is_file(): out.append(path)
-        else: raise FileNotFoundError(f"{path}: no such file or folder; give --data a text file or a folder of them")
-    return out
+            found = [p for p in sorted(path.rglob("*")) if p.name.endswith(TEXT_SUFFIXES) and p.is_file()]
+            if not found:
+                raise ValueError(f"{path}: no text files in this folder ({' '.join(TEXT_SUFFIXES)})")
+            files += found
+        elif path.exists():
+            files.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder; give --data a text file or a folder")
+    return files
 
 
 def split_sources(data, val, errors):
-    """(files, train(cutter), val(cutter)): two functions that give the pieces of each part."""
-    if data is None: files, (train, held) = corpus_files(), split_files(corpus_files())
-    else:
-        files = text_files(data)
-        root = Path(data) if isinstance(data, (str, os.PathLike)) and Path(data).is_dir() else None
+    """(files, train, val): all files, and two functions cutter -> pieces."""
+    files = corpus_files() if data is None else text_files(data)
+    if val or len(files) > 1:
+        root = Path(data) if isinstance(data, (str, os.PathLike)) else None
         train, held = (files, text_files(val)) if val else split_files(files, root)
-    if held: return files + (held if val else []), *(lambda c, f=f: read_pieces(f, errors, c) for f in (train, held))
+        used = files + (held if val else [])
+        return used, *(functools.partial(read_pieces, part, errors) for part in (train, held))
     path = files[0]
-    first = list(itertools.islice(read_documents(path, errors), 2))
-    if len(first) == 2:
-        chosen = any(held_out(d) for d in read_documents(path, errors))
-        least = None if chosen else min(read_documents(path, errors), key=lambda d: hashlib.sha256(d.encode()).digest())
-        pick = held_out if chosen else lambda d: d == least
-        part = lambda keep: lambda c: document_pieces((d for d in read_documents(path, errors) if pick(d) == keep), c)
-        return files, part(False), part(True)
-    if path.suffix == ".gz" or ".jsonl" in path.suffixes:
-        raise ValueError(f"{path}: one document; give the validation text with --val FILE")
-    at = line_end(path)
-    return files, lambda c: read_pieces([path], errors, c, 0, at), lambda c: read_pieces([path], errors, c, at)
+    if len(list(itertools.islice(read_documents(path, errors), 2))) > 1:
+        # At least one: the smallest hash of those that are held out, or of all.
+        nearest = min(read_documents(path, errors),
+                      key=lambda d: (not is_held_out(d), hashlib.sha256(d.encode()).digest()))
+
+        def part(keep, cutter):
+            chosen = (d for d in read_documents(path, errors) if (is_held_out(d) or d == nearest) == keep)
+            return document_pieces(chosen, cutter)
+        return files, functools.partial(part, False), functools.partial(part, True)
+    if path.suffix == ".gz" or path.suffix == ".jsonl":
+        raise ValueError(f"{path}: holds a single document; give the validation text with --val FILE")
+    at = last_twentieth(path)
+    return files, (lambda cutter: read_pieces([path], errors, cutter, 0, at)), \
+        (lambda cutter: read_pieces([path], errors, cutter, at))
 
 
-def line_end(path):
-    """Byte offset where the last 5% of a file begin: after the next line end, or else the next blank or character."""
+def last_twentieth(path):
+    """The byte where the last 5% of a file begin: after the next line end; if there is none, at a blank or a
+    character."""
     size = path.stat().st_size
     with open(path, "rb") as f:
-        f.seek(size * 95 // 100)
+        f.seek(size - max(1, size // 20))
         tail = f.read()
     for edge in (rb"\n(?=.)", rb"(?= .)", rb"(?=[\x00-\x7f\xc0-\xff])"):
-        m = re.search(edge, tail, re.S)
-        if m and size - len(tail) + m.end(): return size - len(tail) + m.end()
-    raise ValueError(f"{path}: {size} bytes are too few to hold some out; give the validation text with --val FILE")
+        match = re.search(edge, tail, re.S)
+        if match and size - len(tail) + match.end() > 0:
+            return size - len(tail) + match.end()
+    raise ValueError(f"{path}: {size} bytes are too few to hold some out; give --val FILE")
 
 
-def prepare(out, data=None, val=None, vocab_size=4096, num_processes=None, errors="strict", tokenizer=None, log=print):
-    """Text -> out/tokenizer.json, train.bin, val.bin; what is there from the same inputs is used again."""
-    out, start = Path(out), time.monotonic()
+def prepare(out, data=None, val=None, vocab_size=4096, num_processes=None, errors="strict", tokenizer=None,
+            log=print):
+    """Text -> out/tokenizer.json, out/train.bin, out/val.bin; if they are there from the same inputs, they
+    are used again.
+
+    data: None (the standard library), or a path or list of paths. val: the same, or None: then 5% of the
+    files, of a single file 5% of its documents, of a single document its last 5%. tokenizer: the path of one
+    to use instead of training it (on the training part only). Returns {"tokenizer", "train" (path), "val"
+    (path), "reused" (bool)}."""
+    out, begin, progress = Path(out), time.monotonic(), sys.stderr.isatty()
     files, train, held = split_sources(data, val, errors)
+    given = load_tokenizer(tokenizer) if tokenizer else None
     state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    given = None if tokenizer is None else load_tokenizer(tokenizer)
-    inputs = hashlib.sha256(json.dumps([state, vocab_size if given is None else given.hash(), GPT2_PATTERN, errors, val is None]).encode()).hexdigest()[:16]
+    state += [given.hash() if given else vocab_size, GPT2_PATTERN, errors, bool(val)]
+    inputs = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     result = {"train": out / "train.bin", "val": out / "val.bin", "reused": True}
-    try:
+    with contextlib.suppress(OSError, ValueError):   # missing or damaged files are made again
         tok = load_tokenizer(out / "tokenizer.json")
-        if all(load_tokens(result[k], tok) is not None and token_info(result[k]).get("inputs") == inputs for k in ("train", "val")):
-            log(f"reusing {out}/tokenizer.json, train.bin, val.bin (made from the same inputs)")
+        if all(load_tokens(path, tok).size and token_info(path).get("inputs") == inputs
+               for path in (result["train"], result["val"])):
+            log(f"{out}: reusing tokenizer.json, train.bin and val.bin, made from the same inputs")
             return {"tokenizer": tok, **result}
-    except (OSError, ValueError): pass
-    progress = sys.stderr.isatty()
-    size = sum(s for _, s, _ in state)
     if given is None:
-        cutter = Cutter(CUT, [EOT])
-        tok = BPETokenizer(*train_pieces(train(cutter), vocab_size, [EOT], GPT2_PATTERN, num_processes,
-                                         Progress("count", 0, progress)), [EOT])
-        log(f"trained a tokenizer of {tok.vocab_size} tokens on {size / 1e6:.1f} MB in {time.monotonic() - start:.1f} s")
-    else: tok = given
+        pieces = train(Cutter(CUT, [EOT]))
+        vocab, merges = train_pieces(pieces, vocab_size, [EOT], GPT2_PATTERN, num_processes,
+                                     Progress("count", 0, progress))
+        tok = BPETokenizer(vocab, merges, [EOT])
+        log(f"{out}/tokenizer.json: {tok.vocab_size:,} tokens trained in {time.monotonic() - begin:.1f} s")
+    else:
+        tok = given
     tok.save(out / "tokenizer.json")
-    for name, source in [("train", train), ("val", held)]:
-        info = encode_pieces(tok, source(Cutter(tok._cut)), result[name], num_processes, Progress("encode", 0, progress), inputs=inputs)
-        log(f"{result[name]}: {info['tokens']:,} tokens of {info['documents']:,} documents, {info['bytes'] / info['tokens']:.2f} bytes/token")
+    for name, source in (("train", train), ("val", held)):
+        info = encode_pieces(tok, source(Cutter(tok._cut)), result[name], num_processes,
+                             Progress("encode", 0, progress), inputs=inputs)
+        log(f"{result[name]}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
+            f"{info['bytes'] / info['tokens']:.2f} bytes per token")
     return {"tokenizer": tok, **result, "reused": False}
 
 
 def held_out_bytes(out):
-    """The validation documents of prepare(out), joined by nothing: what compressors are measured on."""
-    tok = load_tokenizer(Path(out) / "tokenizer.json")
-    ids = np.asarray(load_tokens(Path(out) / "val.bin", tok))
+    """The validation documents that prepare(out) wrote, joined by nothing: what gzip, bz2 and xz are measured
+    on."""
+    tok = load_tokenizer(Path(out, "tokenizer.json"))
+    ids = np.asarray(load_tokens(Path(out, "val.bin"), tok))
     return tok.decode_bytes(ids[ids != tok.eot_id])
 
 
-CORPORA = {                                          # name: (training file, validation file) of the usual public corpora
-    "tinyshakespeare": ["https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
-    "tinystories": [f"https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{part}.txt"
-                    for part in ("train", "valid")],
-    "owt": [f"https://huggingface.co/datasets/stanford-cs336/owt-sample/resolve/main/owt_{part}.txt.gz"
-            for part in ("train", "valid")],
-    "fineweb-edu": ["https://huggingface.co/datasets/HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet"],
+GITHUB = "https://raw.githubusercontent.com/"
+HUB = "https://huggingface.co/datasets/"
+CORPORA = {                                          # name: training file, validation file
+    "tinyshakespeare": [f"{GITHUB}karpathy/char-rnn/master/data/tinyshakespeare/input.txt"],
+    "tinystories": [f"{HUB}roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{p}.txt"
+                    for p in ("train", "valid")],
+    "owt": [f"{HUB}stanford-cs336/owt-sample/resolve/main/owt_{p}.txt.gz" for p in ("train", "valid")],
+    "fineweb-edu": [f"{HUB}HuggingFaceFW/fineweb-edu/resolve/main/sample/10BT/000_00000.parquet"],
 }
 
 
 def fetch(name, out="out/corpus", base=None, progress=False):
-    """Downloads a public corpus into a folder -> its files, [training] or [training, validation], ready for prepare.
+    """Downloads a public corpus into a folder -> [training file] or [training file, validation file], ready
+    for prepare.
 
-    base replaces https://host, so that a mirror (or a test) can serve the same paths.  An interrupted download goes on
-    where it stopped; a finished file is checked (length, and sha256 where the server names it) before it gets its name."""
-    if name not in CORPORA: raise ValueError(f"corpus {name!r} is unknown; there are: {', '.join(CORPORA)}")
+    base: a mirror to ask instead of https://host. An interrupted download is continued by the next call; the
+    length, and the sha256 if the server names it, are checked before a file gets its name. OSError: what to
+    do without a network."""
+    if name not in CORPORA:
+        raise ValueError(f"corpus {name!r} is unknown; there are {', '.join(CORPORA)}")
     files = []
     for url in CORPORA[name]:
-        if base: url = base.rstrip("/") + "/" + url.split("/", 3)[3]
-        path = Path(out, name + "-" + url.rsplit("/", 1)[1])
-        done = path.with_suffix(".jsonl.gz") if path.suffix == ".parquet" else path
-        if not done.exists():
-            if not path.exists(): download(url, path, progress)
-            if done != path: parquet_to_jsonl(path, done)
-        files.append(done)
+        url = f"{base.rstrip('/')}/{url.split('/', 3)[3]}" if base else url
+        path = Path(out, f"{name}-{url.rsplit('/', 1)[1]}")
+        files.append(path.with_suffix(".jsonl.gz") if path.suffix == ".parquet" else path)
+        if not files[-1].exists():
+            if not path.exists():
+                download(url, path, progress)
+            if files[-1] != path:
+                parquet_to_jsonl(path, files[-1])
     return files
 
 
 def download(url, path, progress=False):
-    """url -> path by way of path.part, which a second call continues."""
-    import urllib.error, urllib.request
+    """url -> path, by way of path.part."""
+    import urllib.error
+    import urllib.request
     tags = []
 
-    class Redirect(urllib.request.HTTPRedirectHandler):                   # the hub names the sha256 before it redirects
+    # the hub names the sha256 where it redirects
+    class NoteTag(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request, body, code, message, headers, location):
-            tags.append(headers.get("X-Linked-ETag") or "")
+            tags.append(headers.get("X-Linked-ETag", ""))
             return super().redirect_request(request, body, code, message, headers, location)
 
     part = path.with_name(path.name + ".part")
@@ -1001,255 +1277,315 @@ def download(url, path, progress=False):
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.build_opener(Redirect).open(request, timeout=30) as r, open(part, "ab" if r.status == 206 else "wb") as f:
-            have = f.tell()
-            total = have + int(r.headers.get("Content-Length") or 0)
-            tags.append(r.headers.get("ETag") or "")
+        with urllib.request.build_opener(NoteTag).open(request, timeout=30) as response:
+            # 200: the server begins at the beginning
+            have = have if response.status == 206 else 0
+            tags.append(response.headers.get("ETag", ""))
+            total = have + int(response.headers.get("Content-Length", 0))
             bar = Progress(path.name, total, progress)
-            while block := r.read(BLOCK):
-                f.write(block)
-                have += len(block)
-                bar(have)
+            with open(part, "ab" if have else "wb") as f:
+                while block := response.read(BLOCK):
+                    f.write(block)
+                    bar(f.tell())
             bar.close()
-    except urllib.error.HTTPError as e:
-        if e.code == 416: part.unlink()              # nothing is left to send: the .part is no beginning of this file
-        raise OSError(f"{url}: the server says {e.code} {e.reason}; download it another way to {path}, or run this again") from None
-    except (urllib.error.URLError, OSError) as e:
-        raise OSError(f"{url}: cannot be fetched ({e}); with a network run this again (it goes on at {have:,} bytes), or put the "
-                      f"file at {path}, or train on your own text: --data FILE") from None
-    if total and have != total: raise OSError(f"{url}: {have:,} of {total:,} bytes came; run this again to go on")
-    want = next((t.strip('"') for t in tags if re.fullmatch('"?[0-9a-f]{64}"?', t)), None)
-    with open(part, "rb") as f: got = hashlib.file_digest(f, "sha256").hexdigest()
-    if want and got != want:
+    except OSError as e:                             # urllib's errors are OSErrors
+        # nothing follows the .part: it is no beginning of this file
+        if getattr(e, "code", None) == 416:
+            part.unlink()
+        raise OSError(f"{url}: cannot be fetched ({e}). With a network run this again, it goes on where it "
+                      f"stopped; or put the file at {path}; or use a text of your own: --data FILE") from None
+    have = part.stat().st_size
+    if total and have != total:
+        raise OSError(f"{url}: {have:,} of {total:,} bytes came; run this again to go on")
+    with open(part, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+    wanted = [tag.strip('"') for tag in tags if re.fullmatch('"?[0-9a-f]{64}"?', tag)]
+    if wanted and digest != wanted[0]:
         part.unlink()
-        raise OSError(f"{url}: sha256 is {got}, the server says {want}; removed, run this again")
+        raise OSError(f"{url}: sha256 is {digest}, should be {wanted[0]}; removed, run this again")
     os.replace(part, path)
 
 
 def parquet_to_jsonl(path, out):
-    """The column "text" of a parquet file as .jsonl.gz."""
-    try: import pyarrow.parquet as parquet
-    except ImportError: raise RuntimeError(f"{path} is parquet: pip install pyarrow, then run this again") from None
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise RuntimeError(f"{path} is a parquet file: pip install pyarrow, then run this again") from None
 
     def write(f):
         with gzip.open(f, "wt", encoding="utf-8") as z:
-            for batch in parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
-                for text in batch.column(0).to_pylist(): z.write(json.dumps({"text": text}) + "\n")
+            for batch in pyarrow.parquet.ParquetFile(path).iter_batches(1000, columns=["text"]):
+                z.writelines(json.dumps({"text": text}) + "\n" for text in batch.column(0).to_pylist())
     write_atomic(out, write)
 
 
-# --- 9. demo: what the lecture claims, measured -----------------------------------------------------------------------
+# --- 10. accounting and demo ----------------------------------------------------------------------
+
+PILE_BYTES = 825e9                                   # Gao et al. 2020, arXiv 2101.00027
+
+
+def compression_ratio(text, ids):
+    """UTF-8 bytes per id. The model's sequence is that many times shorter than the bytes."""
+    return len(text.encode()) / max(1, len(ids))
+
+
+def token_dtype(vocab_size):
+    """2 bytes an id as long as they suffice: the Pile at 3.5 bytes per token is 470 GB of uint16."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def hours(num_bytes, bytes_per_second):
+    return num_bytes / bytes_per_second / 3600
+
 
 SAMPLES = {
-    "English": "A tokenizer decides what the model sees: words it has met become one id, new ones fall apart into pieces.",
-    "Python": "def mean(values):\n    total = 0.0\n    for value in values:\n        total += value\n    return total / len(values)\n",
-    "German": "Der Zerteiler bestimmt, was das Modell sieht: Bekanntes wird eine Zahl, Unbekanntes zerfällt in Stücke.",
-    "Russian": "Токенизатор решает, что увидит модель: знакомое слово станет одним числом, новое распадётся на части.",
-    "Hindi": "मॉडल वही देखता है जो टोकनाइज़र उसे दिखाता है।",
+    "English": "A tokenizer decides what the model sees: a word it has met is one id, a new one falls apart.",
+    "Python": "def total(values):\n    n = 0.0\n    for value in values:\n        n += value\n    return n\n",
+    "German": "Der Zerteiler bestimmt, was das Modell sieht: Bekanntes wird eine Zahl, Neues zerfällt.",
+    "Russian": "Токенизатор решает, что увидит модель: знакомое слово станет числом, новое распадётся.",
     "Chinese": "分词器决定模型看到什么：见过的词成为一个编号，没见过的词会被拆开。",
     "emoji": "Hello, 🌍! 你好! 👩‍🚀🚀✨",
 }
 
 
-def docstrings(files):
-    """One text a file: all its docstrings, the prose among the code."""
-    for f in files:
-        tree = ast.parse(f.read_bytes())
-        docs = [ast.get_docstring(n) for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        if any(docs): yield "\n\n".join(filter(None, docs))
+def demo_trainers(text):
+    begin = time.perf_counter()
+    naive = train_bpe_naive(text, 500, [EOT])
+    middle = time.perf_counter()
+    fast = train_pieces([(text, True)], 500, [EOT], num_processes=1)
+    naive_s, fast_s = middle - begin, time.perf_counter() - middle
+    print(f"1  {len(fast[1])} merges of {len(text) / 1e3:.0f} kB: naive {naive_s:.2f} s | incremental "
+          f"{fast_s:.2f} s | {naive_s / fast_s:.0f}x | identical merges: {naive == fast}")
 
 
-def prefix_tokenizer(tok, size):
-    """The tokenizer of a smaller vocabulary: the first merges of a larger one."""
+def demo_ratios(tok, words):
+    print(f"2  bytes an id; {words.vocab_size:,} words and {tok.vocab_size:,} ids of BPE, of Python source")
+    print(f"   {'':10}{'character':>10}{'byte':>7}{'word':>7}{'BPE':>7}   words unknown   BPE gives it back")
+    for name, text in SAMPLES.items():
+        ids = [t.encode(text) for t in (CharacterTokenizer(), ByteTokenizer(), words, tok)]
+        ratios = "".join(f"{compression_ratio(text, i):>{width}.2f}" for i, width in zip(ids, (10, 7, 7, 7)))
+        print(f"   {name:10}{ratios}{ids[2].count(0) / len(ids[2]):>16.0%}   {tok.decode(ids[3]) == text}")
+
+
+def demo_domains(toks, texts):
+    """Trained on one kind of text, used on another: the vocabulary is the training text's."""
+    columns = "".join(f"{'on ' + name:>15}" for name in texts)
+    print(f"3  {'trained on':13}{columns}   bytes per id of held-out text; longest tokens")
+    for name, tok in toks.items():
+        tokens = sorted((tok.decode([i]) for i in tok.vocab if i > 256), key=len, reverse=True)
+        ratios = "".join(f"{compression_ratio(text, tok.encode(text)):>15.2f}" for text in texts.values())
+        print(f"   {name:13}{ratios}   {' '.join([t for t in tokens if t.strip().isalpha()][:3])}")
+
+
+def demo_speed(tok, text):
+    print("4  one process" + f"{'MB/s':>24}{'hours for the Pile':>22}")
+    cold, ids = BPETokenizer(tok.vocab, tok.merges, tok.special_tokens), tok.encode_array(text)
+    for name, work in (("encode, first time", lambda: cold.encode_array(text)),
+                       ("encode, words known", lambda: cold.encode_array(text)),
+                       ("decode", lambda: cold.decode_bytes(ids))):
+        begin = time.perf_counter()
+        work()
+        rate = len(text.encode()) / (time.perf_counter() - begin)
+        print(f"   {name:25}{rate / 1e6:10.1f}{hours(PILE_BYTES, rate):22.1f}")
+
+
+def demo_vocab_sizes(tok, text, out):
+    """The first merges of a large vocabulary are a smaller one, so one training gives the whole curve."""
+    sizes = [size for size in (257, 512, 1024, 2048, 4096, 8192, 16384) if size <= tok.vocab_size]
+    ratios = [compression_ratio(text, first_merges(tok, size).encode(text)) for size in sizes]
+    print("5  ids -> bytes per id:", " | ".join(f"{s:,} {ratio:.2f}" for s, ratio in zip(sizes, ratios)))
+    try:
+        import matplotlib
+    except ImportError:
+        print("   no plot: pip install matplotlib")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(6, 4))
+    axes.semilogx(sizes, ratios, "o-", base=2)
+    axes.set(xlabel="vocabulary size", ylabel="bytes per id", title="BPE on held-out Python source")
+    axes.grid(alpha=0.3)
+    figure.savefig(out / "bpe.png", dpi=120, bbox_inches="tight")
+    pyplot.close(figure)
+    print(f"   {out / 'bpe.png'}")
+
+
+def first_merges(tok, size):
     merges = tok.merges[:size - 257]
     return BPETokenizer(make_vocab(merges, [EOT]), merges, [EOT])
 
 
-def demo_trainers(text):
-    """Naive against incremental: the same merges."""
-    start = time.perf_counter()
-    naive = train_bpe_naive(text, 500, [EOT])
-    middle = time.perf_counter()
-    fast = train_pieces([(text, True)], 500, [EOT], num_processes=1)
-    slow_s, fast_s = middle - start, time.perf_counter() - middle
-    print(f"1  training 243 merges on {len(text) / 1e3:.0f} kB\n"
-          f"   naive {slow_s:.2f} s | incremental {fast_s:.2f} s | {slow_s / fast_s:.0f}x | identical merges: {naive == fast}")
-
-
-def demo_ratios(tok, words):
-    print(f"2  bytes per token: BPE is trained on Python, {tok.vocab_size:,} tokens; word: {words.vocab_size:,} words")
-    print(f"   {'text':10}{'character':>10}{'byte':>7}{'word':>7}{'BPE':>7}   words unknown | 'character' predicted 1, 2 or 3 by UTF-8")
-    for name, text in SAMPLES.items():
-        ids = [t.encode(text) for t in (CharacterTokenizer(), ByteTokenizer(), words, tok)]
-        assert tok.decode(ids[3]) == text
-        print(f"   {name:10}" + "".join(f"{compression_ratio(text, i):>{w}.2f}" for i, w in zip(ids, (10, 7, 7, 7)))
-              + f"   {ids[2].count(0) / len(ids[2]):.0%}")
-
-
-def demo_domains(code, prose, val_code, val_prose):
-    print(f"3  two vocabularies of {code.vocab_size:,}: longest tokens, and bytes per token on held-out text")
-    print(f"   {'trained on':12}{'on code':>9}{'on prose':>9}   longest tokens")
-    for name, tok in (("code", code), ("docstrings", prose)):
-        longest = sorted((t for i, t in tok.vocab.items() if i > 256), key=len, reverse=True)
-        longest = [t.decode(errors="replace") for t in longest if t.strip(b" -=#*_\n")][:4]
-        print(f"   {name:12}{compression_ratio(val_code, tok.encode(val_code)):>9.2f}"
-              f"{compression_ratio(val_prose, tok.encode(val_prose)):>9.2f}   {' '.join(map(repr, longest))}")
-
-
-def demo_speed(tok, text):
-    print(f"4  throughput on {len(text) / 1e6:.1f} MB of held-out code, one process, and the Pile (825 GB)")
-    fresh, ids = BPETokenizer(tok.vocab, tok.merges, tok.special_tokens), tok.encode_array(text)
-    for name, work in [("encode, cold cache", lambda: fresh.encode_array(text)), ("encode, warm", lambda: fresh.encode_array(text)),
-                       ("decode", lambda: fresh.decode_bytes(ids))]:
-        start = time.perf_counter()
-        work()
-        rate = len(text.encode()) / (time.perf_counter() - start)
-        print(f"   {name:20}{rate / 1e6:7.1f} MB/s {825e9 / rate / 3600:8.1f} hours for the Pile on one core")
-
-
-def demo_vocab_sizes(tok, text, out):
-    sizes = [s for s in (257, 512, 1024, 2048, 4096, 8192, 16384) if s <= tok.vocab_size]
-    ratios = [compression_ratio(text, prefix_tokenizer(tok, s).encode(text)) for s in sizes]
-    print("5  vocabulary size -> bytes per token on held-out code (every doubling buys less)")
-    print("   " + " | ".join(f"{s:,} {r:.2f}" for s, r in zip(sizes, ratios)))
-    try: import matplotlib
-    except ImportError: return print("   no plot: matplotlib is not installed (pip install matplotlib)")
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    fig, ax = plt.subplots(figsize=(6, 4))
-    ax.semilogx(sizes, ratios, "o-", base=2)
-    ax.set(xlabel="vocabulary size", ylabel="bytes per token", title="BPE on held-out Python source")
-    ax.grid(alpha=0.3)
-    fig.savefig(out / "bpe.png", dpi=120, bbox_inches="tight")
-    plt.close(fig)
-    print(f"   plot: {out / 'bpe.png'}")
+def docstrings(files):
+    """The docstrings of each file: the prose in the code."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in files:
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+        if any(found):
+            yield "\n\n".join(filter(None, found))
 
 
 def demo(out=Path("out")):
-    """The lecture: every claim of the docstring, measured on the embedded corpus."""
+    """The lecture's claims, measured on the embedded corpus."""
     out.mkdir(parents=True, exist_ok=True)
     train, val = split_files(corpus_files())
-    texts, held = [f.read_bytes().decode() for f in train], "".join(f.read_bytes().decode() for f in val)
-    print(f"corpus: the Python standard library, {len(train)} files, {sum(map(len, texts)) / 1e6:.1f} MB; held out {len(val)} files")
+    texts, held = list(read_documents(train)), "".join(read_documents(val))
+    size = sum(map(len, texts)) / 1e6
+    print(f"The Python standard library: {len(train)} files, {size:.1f} MB; held out: {len(val)} files")
     demo_trainers("".join(texts)[:130_000])
-    large = BPETokenizer(*train_pieces(((t, True) for t in texts), 16384, [EOT]), [EOT])
-    code = prefix_tokenizer(large, 4096)
-    prose = BPETokenizer(*train_pieces(((t, True) for t in docstrings(train)), 4096, [EOT]), [EOT])
+    large, prose = (BPETokenizer(*train_pieces(document_pieces(documents, None), size, [EOT]), [EOT])
+                    for documents, size in ((texts, 16384), (docstrings(train), 4096)))
+    code = first_merges(large, 4096)
     demo_ratios(code, WordTokenizer("".join(texts[:200])))
-    demo_domains(code, prose, held, "\n".join(docstrings(val)))
+    held_prose = "\n".join(docstrings(val))
+    demo_domains({"code": code, "docstrings": prose}, {"code": held, "docstrings": held_prose})
     demo_speed(code, held * 4)
     demo_vocab_sizes(large, held, out)
 
 
-# --- 10. the command line ---------------------------------------------------------------------------------------------
+# --- 11. the command line -------------------------------------------------------------------------
 
 def check_writable(folder):
-    """Before the work, not after it: can `folder` be made and written?"""
-    near = next(p for p in [Path(folder).absolute(), *Path(folder).absolute().parents] if p.exists())
-    if not near.is_dir() or not os.access(near, os.W_OK): raise OSError(f"{folder}: cannot be written ({near} is no writable folder)")
+    """Before the work, not after it."""
+    near = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    if not near.is_dir() or not os.access(near, os.W_OK):
+        raise OSError(f"{folder}: cannot be written, {near} is no folder or not writable; give another --out")
 
 
 def run_train(a):
     check_writable(a.out)
+    path, begin = Path(a.out, "tokenizer.json"), time.monotonic()
     special = a.special if EOT in a.special else [EOT, *a.special]
-    start, files = time.monotonic(), text_files(a.data)
-    vocab, merges = train_bpe(files, a.vocab_size, special, pattern=PATTERNS[a.pattern], num_processes=a.processes,
-                              errors=a.errors, progress=True)
-    BPETokenizer(vocab, merges, special, PATTERNS[a.pattern]).save(Path(a.out, "tokenizer.json"))
-    longest = max(merges, key=lambda m: len(m[0] + m[1]), default=(b"", b""))
-    few = f" (the text has no more pairs to merge: {a.vocab_size} were asked for)" if len(vocab) < a.vocab_size else ""
-    print(f"{Path(a.out, 'tokenizer.json')}: {len(vocab):,} tokens{few}, longest {longest[0] + longest[1]!r}, "
-          f"{time.monotonic() - start:.1f} s")
+    vocab, merges = train_bpe(text_files(a.data), a.vocab_size, special, pattern=PATTERNS[a.pattern],
+                              num_processes=a.processes, errors=a.errors, progress=True)
+    BPETokenizer(vocab, merges, special, PATTERNS[a.pattern]).save(path)
+    few = f" (of {a.vocab_size:,}: the text has no more pairs)" if len(vocab) < a.vocab_size else ""
+    longest = max(vocab.values(), key=len)
+    print(f"{path}: {len(vocab):,} tokens{few} in {time.monotonic() - begin:.1f} s, longest {longest!r}")
 
 
 def run_encode(a):
     tok = load_tokenizer(a.tokenizer)
-    if a.data == ["-"]: return print(*tok.encode(sys.stdin.buffer.read().decode("utf-8", a.errors)))
-    if a.out: check_writable(Path(a.out).parent)
-    else: raise ValueError("--out is missing: give the token file to write, as in --out out/x.bin")
-    info = encode_files(tok, text_files(a.data), a.out, a.processes, progress=True, errors=a.errors)
-    print(f"{a.out}: {info['tokens']:,} tokens of {info['documents']:,} documents, {info['bytes'] / max(1, info['tokens']):.2f} bytes per token")
+    if a.data == ["-"]:
+        print(*tok.encode(sys.stdin.buffer.read().decode("utf-8", a.errors)))
+        return
+    if not a.out:
+        raise ValueError("--out is missing: name the token file to write, as in --out out/train.bin")
+    check_writable(Path(a.out).parent)
+    info = encode_files(tok, text_files(a.data), a.out, a.processes, True, a.errors)
+    print(f"{a.out}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
+          f"{info['bytes'] / info['tokens']:.2f} bytes per token")
 
 
 def run_decode(a):
     tok = load_tokenizer(a.tokenizer)
-    ids = load_tokens(a.file, tok) if a.file else np.array([int(i) for i in sys.stdin.read().split()], np.int64)
-    for i in range(0, len(ids), BLOCK): sys.stdout.buffer.write(tok.decode_bytes(ids[i:i + BLOCK]))
+    ids = load_tokens(a.file, tok) if a.file else np.array(sys.stdin.read().split(), np.int64)
+    for block in slices(ids):
+        sys.stdout.buffer.write(tok.decode_bytes(block))
 
 
 def run_show(a):
     tok = load_tokenizer(a.tokenizer)
     if a.text is not None:
         ids = tok.encode(a.text)
-        print("".join(f"[{tok.decode([i])}]" for i in ids))
-        return print(f"{len(ids)} tokens, {compression_ratio(a.text, ids):.2f} bytes per token: {' '.join(map(str, ids))}")
-    lengths = Counter(len(t) for i, t in tok.vocab.items() if i not in tok.special_tokens.values())
-    print(f"{tok.vocab_size:,} ids, {len(tok.merges):,} merges, hash {tok.hash()}, special {tok.special_tokens}\npattern {tok.pattern}")
-    print("bytes: tokens of that length  " + ", ".join(f"{n}: {c:,}" for n, c in sorted(lengths.items())))
-    print("longest:", *(repr(t.decode(errors="replace")) for t in sorted(tok.vocab.values(), key=len, reverse=True)[:10]))
+        print("".join(f"[{tok.decode([i], 'backslashreplace')}]" for i in ids))
+        print(*ids)
+        print(f"{len(ids)} ids, {compression_ratio(a.text, ids):.2f} bytes per id")
+        return
+    lengths = Counter(map(len, tok.vocab.values()))
+    longest = sorted(tok.vocab.values(), key=len, reverse=True)[:10]
+    print(f"{tok.vocab_size:,} ids, {len(tok.merges):,} merges, hash {tok.hash()}\n"
+          f"special tokens {tok.special_tokens}\npattern {tok.pattern}")
+    print("tokens by length in bytes:", ", ".join(f"{n}: {lengths[n]:,}" for n in sorted(lengths)))
+    print("longest:", *(repr(token.decode(errors="replace")) for token in longest))
 
 
 def run_prepare(a):
-    data = fetch(a.corpus, Path(a.out, "corpus"), progress=True) if a.corpus else a.data
-    val = a.val or (data[1:] if a.corpus else None)
-    prepare(a.out, data[:1] if a.corpus else data, val or None, a.vocab_size, a.processes, a.errors, a.tokenizer)
+    check_writable(a.out)
+    data, val = a.data, a.val
+    if a.corpus:
+        data, *rest = fetch(a.corpus, Path(a.out, "corpus"), progress=True)
+        val = val or rest
+    prepare(a.out, data, val, a.vocab_size, a.processes, a.errors, a.tokenizer)
 
 
-def run_fetch(a): print(*fetch(a.name, a.out, progress=True), sep="\n")
+def run_fetch(a):
+    check_writable(a.out)
+    print(*fetch(a.name, a.out, progress=True), sep="\n")
 
 
 class Parser(argparse.ArgumentParser):
-    def __init__(self, *args, **options): super().__init__(*args, allow_abbrev=False, **options)
-    def error(self, message): self.exit(2, f"bpe.py: error: {message}; {self.prog} -h lists what there is\n")
+    """A mistake is one line, exit status 2; no flag may be shortened."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"bpe.py: error: {message}; see {self.prog} -h\n")
 
 
-def parser():
-    p = Parser(prog="python bpe.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(dest="command", metavar="train|encode|decode|show|prepare|fetch")
-    flags = {
-        "--data": dict(nargs="+", metavar="PATH", help="text files or folders (.txt .md .py ... .jsonl .gz)"),
-        "--tokenizer": dict(metavar="FILE", help="a tokenizer.json"),
-        "--vocab_size": dict(type=int, default=4096, metavar="N", help="tokens (default 4096)"),
-        "--out": dict(metavar="PATH", help="what to write"),
-        "--pattern": dict(choices=sorted(PATTERNS), default="gpt2", help="pre-tokenizer (default gpt2)"),
-        "--special": dict(nargs="*", default=[EOT], metavar="TOKEN", help=f"special tokens ({EOT} is always one)"),
-        "--processes": dict(type=int, metavar="N", help="worker processes (default: one a core)"),
-        "--errors": dict(choices=["strict", "replace"], default="strict", help="invalid UTF-8 stops, or becomes U+FFFD"),
-        "--val": dict(nargs="+", metavar="PATH", help="validation text (default: 5%% of the data)"),
-        "--corpus": dict(choices=sorted(CORPORA), help="a public corpus to fetch instead of --data"),
-        "--text": dict(metavar="TEXT", help="text to cut into tokens"),
-        "file": dict(nargs="?", metavar="FILE.bin", help="token file (default: ids on stdin)"),
-        "name": dict(choices=sorted(CORPORA), help="corpus"),
-    }
-    for name, run, text, wanted in [
-            ("train", run_train, "text -> tokenizer.json", "--data! --vocab_size --out! --pattern --special --processes --errors"),
-            ("encode", run_encode, "text -> token file; --data - reads stdin and prints ids", "--tokenizer! --data! --out --processes --errors"),
-            ("decode", run_decode, "token file or ids -> text", "--tokenizer! file"),
-            ("show", run_show, "a vocabulary, or a text cut into tokens", "--tokenizer! --text"),
-            ("prepare", run_prepare, "text -> tokenizer.json, train.bin, val.bin; without --data the standard library",
-             "--data --corpus --val --vocab_size --tokenizer --out! --processes --errors"),
-            ("fetch", run_fetch, "download a public corpus", "name --out!")]:
-        sub = commands.add_parser(name, help=text, description=text)
-        sub.set_defaults(run=run)
-        for flag in wanted.split():
-            sub.add_argument(flag.rstrip("!"), **flags[flag.rstrip("!")], **({"required": True} if flag.endswith("!") else {}))
-    return p
+FLAGS = {
+    "--data": dict(nargs="+", metavar="PATH", help="text files or folders (.txt .md .py .jsonl .gz ...)"),
+    "--val": dict(nargs="+", metavar="PATH", help="validation text (default: 5%% of the data)"),
+    "--corpus": dict(choices=CORPORA, help="fetch a public corpus and use it instead of --data"),
+    "--tokenizer": dict(metavar="FILE", help="a tokenizer.json"),
+    "--vocab_size": dict(type=int, default=4096, metavar="N", help="number of ids (default 4096)"),
+    "--pattern": dict(choices=PATTERNS, default="gpt2", help="regex of pre-tokens (default gpt2)"),
+    "--special": dict(nargs="*", default=[EOT], metavar="TOKEN", help=f"special tokens; {EOT} always is one"),
+    "--out": dict(metavar="PATH", help="folder (train, prepare, fetch) or .bin file (encode) to write"),
+    "--processes": dict(type=int, metavar="N", help="worker processes (default: one a core)"),
+    "--errors": dict(choices=("strict", "replace"), default="strict",
+                     help="invalid UTF-8 is an error (default), or becomes U+FFFD"),
+    "--text": dict(metavar="TEXT", help="a text to cut into tokens (default: show the vocabulary)"),
+    "file": dict(nargs="?", metavar="FILE.bin", help="token file (default: ids on stdin)"),
+    "name": dict(choices=CORPORA, help="corpus"),
+}
+COMMANDS = {                                         # name: (function, flags, ! if required, what it does)
+    "train": (run_train, "--data! --vocab_size --out! --pattern --special --processes --errors",
+              "text -> tokenizer.json"),
+    "encode": (run_encode, "--tokenizer! --data! --out --processes --errors",
+               "text -> token file; with --data - the text on stdin -> ids on stdout"),
+    "decode": (run_decode, "--tokenizer! file", "token file, or ids on stdin -> text"),
+    "show": (run_show, "--tokenizer! --text", "a vocabulary, or a text cut into its tokens"),
+    "prepare": (run_prepare, "--data --corpus --val --vocab_size --tokenizer --out! --processes --errors",
+                "text (default: the standard library) -> tokenizer.json, train.bin, val.bin"),
+    "fetch": (run_fetch, "name --out!", "download a public corpus"),
+}
+
+
+def parse_args(argv):
+    parser = Parser(prog="python bpe.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="%(prog)s [command] [--flag value ...]   (without a command: the lecture)")
+    commands = parser.add_subparsers(dest="command", metavar="|".join(COMMANDS))
+    for name, (run, flags, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        for flag in flags.split():
+            required = {"required": True} if flag.endswith("!") else {}
+            command.add_argument(flag.rstrip("!"), **FLAGS[flag.rstrip("!")], **required)
+    args = parser.parse_args(argv)
+    if getattr(args, "processes", None) is not None and args.processes < 1:
+        parser.error(f"--processes {args.processes}: give 1 or more")
+    return args
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
+    args = parse_args(argv)
 
-    def stop(*_): raise KeyboardInterrupt            # SIGTERM cleans up as Ctrl-C does
+    def stop(*_):                                    # a SIGTERM then cleans up as Ctrl-C does
+        raise KeyboardInterrupt
     signal.signal(signal.SIGTERM, stop)
     try:
-        if getattr(args, "processes", None) is not None and args.processes < 1:
-            raise ValueError(f"--processes {args.processes}: give 1 or more")
-        demo() if args.command is None else args.run(args)
+        args.run(args) if args.command else demo()
     except KeyboardInterrupt:
-        print("\ninterrupted: no unfinished file was left; the same command starts again", file=sys.stderr)
+        print("\nbpe.py: interrupted; what was not complete is removed, the same command begins again",
+              file=sys.stderr)
         return 130
+    except BrokenPipeError:                          # the reader of our output (head, less) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError, RuntimeError) as e:
-        print("bpe.py: error: " + " ".join(str(e).split()), file=sys.stderr)
+        print("bpe.py: error:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     return 0
 

@@ -133,7 +133,7 @@ _gpt2 = dict(vocab_size=50257, context_length=1024, norm="layernorm", position="
 _llama2 = dict(vocab_size=32000, context_length=4096, init="glorot")
 PRESETS = {  # name -> ModelConfig fields. Widths near 100 x layers are the rule of thumb (Kaplan et al. 2020)
     "tiny": dict(qk_norm=True),                                                       # two CPU cores, minutes
-    "small": dict(d_model=384, num_layers=8, num_heads=6, context_length=512, qk_norm=True),  # an hour, or a GPU
+    "small": dict(d_model=256, num_layers=8, num_heads=4, context_length=512, qk_norm=True),  # an hour, or a GPU
     "tinystories": dict(vocab_size=10000, d_model=512, d_ff=1344, num_layers=4, num_heads=16, qk_norm=True),
     "gpt2-recipe": dict(_gpt2, vocab_size=4096, context_length=256, d_model=192, num_layers=6, num_heads=3),
     "gpt2": dict(_gpt2, d_model=768, num_layers=12, num_heads=12),

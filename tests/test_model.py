@@ -1,8 +1,8 @@
 """Tests of model.py: (1) equal to a naive oracle, (2) to torch and published figures, (3) invariants,
 (4) accounting, (5) checkpoints, the command line and bad input.
 
-The oracle of the whole model, `reference`, is written here in float64 numpy with loops over heads and queries and
-real arithmetic: it shares no line with model.py, so it cannot share a mistake with it.
+The oracle of the whole model, `reference`, is written here in float64 numpy with loops over heads and queries
+and real arithmetic: it shares no line with model.py, so it cannot share a mistake with it.
 """
 import io, itertools, json, math, os, pickle, random, re, resource, shlex, subprocess, sys
 from dataclasses import asdict, fields, replace
@@ -17,16 +17,22 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as M  # noqa: E402  (the scripts are flat files, not a package)
 
-torch.set_num_threads(1)                                                     # tiny shapes: a second thread only waits
+# tiny shapes: a second thread only waits
+torch.set_num_threads(1)
 close = torch.testing.assert_close
 FP32, BF16 = dict(atol=1e-5, rtol=1e-5), dict(atol=2e-2, rtol=2e-2)
 T, V = 11, 53
 BASE = dict(vocab_size=V, context_length=16, d_model=24, num_layers=2, num_heads=4, d_ff=40, init="glorot")
-VARIANTS = [dict(), dict(qk_norm=True), dict(num_kv_heads=2), dict(num_kv_heads=1), dict(num_heads=1, tie_embeddings=True),
-            dict(window=1), dict(window=2), dict(window=5), dict(window=16), dict(attn_softcap=0.7), dict(logit_softcap=0.5),
-            dict(window=3, attn_softcap=2.0, num_kv_heads=2, qk_norm=True, logit_softcap=3.0), dict(rope_theta=77.0),
-            dict(position="learned", bias="qkv"), dict(position="sinusoidal"), dict(position="none", window=4),
-            dict(norm="none", norm_position="pre"), dict(bias="all", init="gpt2", norm="layernorm", position="learned", ffn="gelu"),
+VARIANTS = [dict(), dict(qk_norm=True), dict(num_kv_heads=2), dict(num_kv_heads=1),
+            dict(num_heads=1, tie_embeddings=True),
+            dict(window=1), dict(window=2), dict(window=5), dict(window=16), dict(attn_softcap=0.7),
+            dict(logit_softcap=0.5),
+            dict(window=3, attn_softcap=2.0, num_kv_heads=2, qk_norm=True, logit_softcap=3.0),
+            dict(rope_theta=77.0),
+            dict(position="learned", bias="qkv"), dict(position="sinusoidal"),
+            dict(position="none", window=4),
+            dict(norm="none", norm_position="pre"), dict(bias="all", init="gpt2", norm="layernorm",
+                                                         position="learned", ffn="gelu"),
             *[dict(norm=n, norm_position=p, parallel=q, bias=b) for n, p, q, b in itertools.product(
                 ("rmsnorm", "layernorm"), ("pre", "post", "double"), (False, True), ("none", "all"))],
             *[dict(ffn=f) for f in M.FFNS]]
@@ -53,9 +59,10 @@ def normal(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-# --- 1. the naive oracle ----------------------------------------------------------------------------------------
+# --- 1. the naive oracle ------------------------------------------------------------------------------------
 
-ACT = {"silu": lambda x: x / (1 + np.exp(-x)), "relu": lambda x: np.maximum(x, 0), "relu2": lambda x: np.maximum(x, 0)**2,
+ACT = {"silu": lambda x: x / (1 + np.exp(-x)), "relu": lambda x: np.maximum(x, 0),
+       "relu2": lambda x: np.maximum(x, 0)**2,
        "gelu": lambda x: 0.5 * x * (1 + np.tanh(0.7978845608028654 * (x + 0.044715 * x**3)))}
 ACT.update(swiglu=ACT["silu"], reglu=ACT["relu"], geglu=ACT["gelu"])
 
@@ -71,7 +78,7 @@ def turned(x, m, theta):
 
 
 def reference(net, ids):
-    """Logits (T,V) of one sequence: the docstring's equations over the weights, one query and one head at a time."""
+    """Logits (T,V) of one sequence by the docstring's equations, one query and one head at a time."""
     c, w = net.config, {k: v.double().numpy() for k, v in net.state_dict().items()}
     N, K, H, L = c.num_heads, c.num_kv_heads or c.num_heads, c.d_model // c.num_heads, len(ids)
     bias = lambda layer, kinds: w[layer + ".bias"] if c.bias in kinds else 0.0
@@ -91,7 +98,8 @@ def reference(net, ids):
             return turned(v, t, c.rope_theta) if c.position == "rope" else v
         for n, t in itertools.product(range(N), range(L)):
             seen, group = range(max(0, t - c.window + 1) if c.window else 0, t + 1), n // (N // K)
-            scores = np.array([prepared(n, "q_norm", t) @ prepared(N + group, "k_norm", s) for s in seen]) / math.sqrt(H)
+            scores = np.array([prepared(n, "q_norm", t) @ prepared(N + group, "k_norm", s)
+                               for s in seen]) / math.sqrt(H)
             e = np.exp(c.attn_softcap * np.tanh(scores / c.attn_softcap) if c.attn_softcap else scores)
             y[t, n] = sum(p * heads[s, N + K + group] for p, s in zip(e / e.sum(), seen))
         return linear(y.reshape(L, N * H), at + "wo")
@@ -104,10 +112,12 @@ def reference(net, ids):
     if c.position == "learned":
         x = x + w["position.weight"][:L]
     if c.position == "sinusoidal":
-        x = x + np.array([[(math.sin, math.cos)[d % 2](t / 10000 ** (d // 2 * 2 / c.d_model)) for d in range(c.d_model)] for t in range(L)])
+        x = x + np.array([[(math.sin, math.cos)[d % 2](t / 10000 ** (d // 2 * 2 / c.d_model))
+                           for d in range(c.d_model)] for t in range(L)])
     for i in range(c.num_layers):
         b = f"blocks.{i}."
-        pre, out, post = (lambda x, n, k=k: norm(x, b + n) if c.norm_position in k else x for k in (("pre", "double"), ("double",), ("post",)))
+        pre, out, post = (lambda x, n, k=k: norm(x, b + n) if c.norm_position in k else x
+                          for k in (("pre", "double"), ("double",), ("post",)))
         if c.parallel:
             h = pre(x, "norm1")
             x = post(x + out(attention(h, b + "mixer."), "out1") + out(ffn(h, b + "ffn."), "out2"), "after2")
@@ -122,21 +132,28 @@ def reference(net, ids):
 def test_model_equals_the_oracle(kw):
     net, ids = build(**kw).double(), some_ids()
     for row, logits in zip(ids, net(ids)):
-        close(logits, reference(net, row.numpy()), atol=1e-6 if net.config.position == "sinusoidal" else 1e-10, rtol=1e-7)
+        close(logits, reference(net, row.numpy()), atol=1e-6 if net.config.position == "sinusoidal"
+              else 1e-10, rtol=1e-7)
 
 
 @pytest.mark.parametrize("H,theta", [(2, 10000.0), (8, 10000.0), (6, 77.0), (64, 500000.0)])
 def test_rope(H, theta):
-    x, y, at = normal(7, H, dtype=torch.float64), normal(7, H, seed=1, dtype=torch.float64), torch.tensor([0, 1, 2, 5, 123, 1000, 4095])
+    x, y = normal(7, H, dtype=torch.float64), normal(7, H, seed=1, dtype=torch.float64)
+    at = torch.tensor([0, 1, 2, 5, 123, 1000, 4095])
     rope = lambda v, p: M.apply_rope(v, p, theta)
-    close(rope(x, at), torch.stack([torch.from_numpy(turned(r.numpy(), m, theta)) for r, m in zip(x, at.tolist())]), atol=1e-9, rtol=0)
+    close(rope(x, at), torch.stack([torch.from_numpy(turned(r.numpy(), m, theta)) for r,
+                                    m in zip(x, at.tolist())]), atol=1e-9, rtol=0)
     close(rope(x, at).norm(dim=-1), x.norm(dim=-1))
     assert torch.equal(rope(x, at * 0), x)
-    close((rope(x, at) * rope(y, at + 17)).sum(-1), (rope(x, at + 333) * rope(y, at + 350)).sum(-1), atol=1e-9, rtol=0)   # m - n alone
-    for dtype, tolerance in ((torch.float32, dict(atol=2e-3, rtol=0)), (torch.bfloat16, dict(atol=5e-2, rtol=0))):
+    # m - n alone
+    close((rope(x, at) * rope(y, at + 17)).sum(-1), (rope(x, at + 333) * rope(y, at + 350)).sum(-1),
+          atol=1e-9, rtol=0)
+    for dtype, tolerance in ((torch.float32, dict(atol=2e-3, rtol=0)),
+                             (torch.bfloat16, dict(atol=5e-2, rtol=0))):
         got = rope(x.to(dtype), at)
         assert got.dtype == dtype
-        close(got, rope(x.to(dtype).double(), at).to(dtype), **tolerance)    # bf16 angles would be off by radians
+        # bf16 angles would be off by radians
+        close(got, rope(x.to(dtype).double(), at).to(dtype), **tolerance)
 
 
 def test_rope_of_rows_at_different_positions():
@@ -150,7 +167,7 @@ def test_sinusoids_of_p_plus_k_are_one_linear_map_of_those_of_p():
     close(P[30:35] @ A, P[35:40], atol=1e-4, rtol=0)
 
 
-# --- 2. torch and published figures -----------------------------------------------------------------------------
+# --- 2. torch and published figures -------------------------------------------------------------------------
 
 SHAPES = [(1, 1), (7, 1), (1, 7), (3, 123), (2, 1, 5, 7)]
 
@@ -169,7 +186,8 @@ def test_plain_functions_equal_torch(shape, scale):
     close(M.layer_norm(x, gain, bias), F.layer_norm(x, (d,), gain, bias), atol=1e-4, rtol=1e-5)
     close(M.layer_norm(x, gain), F.layer_norm(x, (d,), gain), atol=1e-4, rtol=1e-5)
     targets = torch.randint(0, d, shape[:-1])
-    close(M.cross_entropy(x, targets), F.cross_entropy(x.reshape(-1, d), targets.reshape(-1)), atol=1e-4, rtol=1e-5)
+    close(M.cross_entropy(x, targets), F.cross_entropy(x.reshape(-1, d), targets.reshape(-1)), atol=1e-4,
+          rtol=1e-5)
     for z in (0.0, 0.3):
         ce, objective = M.lm_loss(x[None], targets[None], z)
         close(objective - ce, z * x.logsumexp(-1).square().mean(), atol=1e-4 * scale**2, rtol=1e-5)
@@ -178,7 +196,8 @@ def test_plain_functions_equal_torch(shape, scale):
 
 def test_bf16_of_large_magnitude_stays_finite_and_norms_run_in_fp32():
     x = normal(5, 123) * 1e4
-    for f in (lambda v: M.rms_norm(v, torch.ones(123)), lambda v: M.layer_norm(v, torch.ones(123)), M.softmax, M.silu, M.gelu,
+    for f in (lambda v: M.rms_norm(v, torch.ones(123)), lambda v: M.layer_norm(v, torch.ones(123)), M.softmax,
+              M.silu, M.gelu,
               M.RMSNorm(123), M.LayerNorm(123)):
         got = f(x.bfloat16())
         assert got.isfinite().all()
@@ -186,10 +205,12 @@ def test_bf16_of_large_magnitude_stays_finite_and_norms_run_in_fp32():
     assert M.rms_norm(x.bfloat16(), torch.ones(123)).dtype == torch.bfloat16
     half = torch.full((64,), 300.0, dtype=torch.float16)                     # 300^2 overflows fp16
     close(M.rms_norm(half, torch.ones(64)).float(), torch.ones(64), **BF16)
-    close(M.layer_norm(x - x.mean(-1, keepdim=True), torch.ones(123)), M.rms_norm(x - x.mean(-1, keepdim=True), torch.ones(123)), **FP32)
+    close(M.layer_norm(x - x.mean(-1, keepdim=True), torch.ones(123)),
+          M.rms_norm(x - x.mean(-1, keepdim=True), torch.ones(123)), **FP32)
     assert M.cross_entropy(torch.zeros(9, V), torch.arange(9)).item() == pytest.approx(math.log(V), abs=1e-6)
     z = M.soft_cap(x, 30.0)
-    assert z.abs().max() <= 30 and (M.soft_cap(x / 1e6, 30.0) - x / 1e6).abs().max() < 1e-6 and M.soft_cap(x, 0.0) is x
+    assert z.abs().max() <= 30 and (M.soft_cap(x / 1e6, 30.0) - x / 1e6).abs().max() < 1e-6
+    assert M.soft_cap(x, 0.0) is x
     ordered = torch.linspace(-60, 60, 200)
     assert (M.soft_cap(ordered, 30.0).diff() > 0).all()
 
@@ -201,12 +222,16 @@ def test_attention_function_equals_torch(batch, t, s, h):
     mask = torch.rand(*batch, t, s, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[..., 0] = True
     close(M.scaled_dot_product_attention(q, k, v), F.scaled_dot_product_attention(q, k, v), **FP32)
-    close(M.scaled_dot_product_attention(q, k, v, mask), F.scaled_dot_product_attention(q, k, v, attn_mask=mask), **FP32)
-    close(M.scaled_dot_product_attention(q * 1e3, k, v, mask), F.scaled_dot_product_attention(q * 1e3, k, v, attn_mask=mask), atol=1e-3, rtol=1e-3)
-    mask[..., 0, :] = False                                                  # a query that may see nothing: zeros, not NaN
+    close(M.scaled_dot_product_attention(q, k, v, mask),
+          F.scaled_dot_product_attention(q, k, v, attn_mask=mask), **FP32)
+    close(M.scaled_dot_product_attention(q * 1e3, k, v, mask),
+          F.scaled_dot_product_attention(q * 1e3, k, v, attn_mask=mask), atol=1e-3, rtol=1e-3)
+    # a query that may see nothing: zeros, not NaN
+    mask[..., 0, :] = False
     got = M.scaled_dot_product_attention(q, k, v, mask)
     assert not got[..., 0, :].any() and got.isfinite().all()
-    far = torch.where(mask[..., None].any(-3), v, v + 1e6) if t == 1 else v  # a masked value has weight exactly 0
+    # a masked value has weight exactly 0
+    far = torch.where(mask[..., None].any(-3), v, v + 1e6) if t == 1 else v
     hidden = ~mask.flatten(0, -2).any(0)
     far = v.clone()
     far[..., hidden, :] = 1e30
@@ -217,19 +242,25 @@ def test_attention_layer_equals_torch_composed_by_hand():
     net, x = build(num_kv_heads=2).blocks[0].mixer, normal(3, T, 24)
     q, k, v = F.linear(x, net.wqkv.weight).split([24, 12, 12], -1)
     q, k, v = (t.view(3, T, -1, 6).transpose(1, 2) for t in (q, k, v))
-    q, k = (torch.stack([torch.tensor([turned(r, m, 1e4) for m, r in enumerate(h)]) for h in t.flatten(0, 1).double().numpy()]).view(t.shape).float()
+    q, k = (torch.stack([torch.tensor([turned(r, m, 1e4) for m, r in enumerate(h)])
+                         for h in t.flatten(0, 1).double().numpy()]).view(t.shape).float()
             for t in (q.detach(), k.detach()))
-    y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), is_causal=True)
+    y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1),
+                                       is_causal=True)
     close(net(x, torch.arange(T)), F.linear(y.transpose(1, 2).reshape(3, T, 24), net.wo.weight), **FP32)
 
 
 def test_published_sizes():
-    want = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080, "gpt2-xl": 1_557_611_200,
+    want = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+            "gpt2-xl": 1_557_611_200,
             "llama2-7b": 6_738_415_616, "llama2-13b": 13_015_864_320}
     assert {n: M.num_params(M.ModelConfig(**M.PRESETS[n])) for n in want} == want
     tiny = M.ModelConfig(**{**M.PRESETS["tinystories"], "qk_norm": False})
-    assert (M.num_params(tiny, embeddings=False), M.num_params(replace(tiny, tie_embeddings=True)), M.num_params(tiny)) == (12_456_448, 17_576_448, 22_696_448)
-    xl = M.ModelConfig(vocab_size=50257, context_length=1024, d_model=1600, num_layers=48, num_heads=25, d_ff=6400)   # the course's
+    assert (M.num_params(tiny, embeddings=False), M.num_params(replace(tiny, tie_embeddings=True)),
+            M.num_params(tiny)) == (12_456_448, 17_576_448, 22_696_448)
+    # the course's
+    xl = M.ModelConfig(vocab_size=50257, context_length=1024, d_model=1600, num_layers=48, num_heads=25,
+                       d_ff=6400)
     assert M.num_params(xl) == 2_127_057_600
     for context, total, ffn, scores in ((1024, 4.513e12, 0.669, 0.071), (16384, 1.495e14, None, 0.552)):
         f = M.flops_per_token(xl, context)
@@ -237,24 +268,29 @@ def test_published_sizes():
         assert f["scores"] / sum(f.values()) == pytest.approx(scores, abs=6e-4)
         assert ffn is None or f["ffn"] / sum(f.values()) == pytest.approx(ffn, abs=6e-4)
     llama = M.ModelConfig(**M.PRESETS["llama2-13b"])
-    assert M.kv_bytes_per_token(llama) == 2 * 2 * 40 * 5120 and M.kv_bytes_per_token(replace(llama, num_kv_heads=8)) * 5 == M.kv_bytes_per_token(llama)
+    assert M.kv_bytes_per_token(llama) == 2 * 2 * 40 * 5120
+    assert M.kv_bytes_per_token(replace(llama, num_kv_heads=8)) * 5 == M.kv_bytes_per_token(llama)
 
 
 def test_initial_weights():
     torch.manual_seed(0)
     w = M.Linear(300, 200).weight
     sigma = math.sqrt(2 / 500)
-    assert w.shape == (200, 300) and w.abs().max() <= 3 * sigma and w.std().item() == pytest.approx(0.9866 * sigma, rel=0.02)
+    assert w.shape == (200, 300) and w.abs().max() <= 3 * sigma
+    assert w.std().item() == pytest.approx(0.9866 * sigma, rel=0.02)
     e = M.Embedding(1000, 50).weight
-    assert e.abs().max() <= 3 and e.std().item() == pytest.approx(0.9866, rel=0.02) and abs(w.mean()) < 0.01 * sigma * 3
+    assert e.abs().max() <= 3 and e.std().item() == pytest.approx(0.9866, rel=0.02)
+    assert abs(w.mean()) < 0.01 * sigma * 3
     assert (M.RMSNorm(5).weight == 1).all() and (M.LayerNorm(5, bias=True).bias == 0).all()
-    net = M.Transformer(M.ModelConfig(**{**BASE, "init": "gpt2", "num_layers": 8, "d_model": 64, "d_ff": 256}))
-    for key, std in (("blocks.3.mixer.wqkv", 0.02), ("blocks.3.mixer.wo", 0.005), ("blocks.3.ffn.w2", 0.005), ("embedding", 0.02), ("head", 0.02)):
+    net = M.Transformer(M.ModelConfig(**{**BASE, "init": "gpt2", "num_layers": 8, "d_model": 64,
+                                         "d_ff": 256}))
+    for key, std in (("blocks.3.mixer.wqkv", 0.02), ("blocks.3.mixer.wo", 0.005), ("blocks.3.ffn.w2", 0.005),
+                     ("embedding", 0.02), ("head", 0.02)):
         assert net.state_dict()[key + ".weight"].std().item() == pytest.approx(std, rel=0.06), key
     assert build(tie_embeddings=True).embedding.weight.std().item() == pytest.approx(0.02, rel=0.1)
 
 
-# --- 3. invariants ----------------------------------------------------------------------------------------------
+# --- 3. invariants ------------------------------------------------------------------------------------------
 
 @each_variant
 def test_future_cannot_leak(kw):
@@ -266,7 +302,8 @@ def test_future_cannot_leak(kw):
         changed[:, t + 1:] = (ids[:, t + 1:] + 7) % V
         after = net(changed)
         assert torch.equal(after[:, :t + 1], before[:, :t + 1])
-        assert not torch.equal(after[:, t + 1], before[:, t + 1])            # ... and the test can see a change
+        # ... and the test can see a change
+        assert not torch.equal(after[:, t + 1], before[:, t + 1])
 
 
 @each_variant
@@ -281,7 +318,8 @@ def test_cached_decoding_equals_the_full_forward(kw):
         assert cache.length == T
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(window=3), dict(attn_softcap=1.0), dict(position="learned"), dict(position="sinusoidal", num_kv_heads=1)], ids=name)
+@pytest.mark.parametrize("kw", [dict(), dict(window=3), dict(attn_softcap=1.0), dict(position="learned"),
+                                dict(position="sinusoidal", num_kv_heads=1)], ids=name)
 @torch.no_grad()
 def test_rows_at_different_positions_share_a_cache(kw):
     """Prompts of 6, 3 and 1 tokens, padded in front with keys of a position that no query here reaches."""
@@ -301,7 +339,8 @@ def test_rows_at_different_positions_share_a_cache(kw):
 def test_positions_can_be_given_and_only_distance_matters():
     net, ids = build(num_kv_heads=2), some_ids()
     close(net(ids, torch.arange(T)[None] + torch.tensor([[0], [5]])), net(ids), **FP32)
-    assert (build(position="learned")(ids, torch.arange(T) + 2) - build(position="learned")(ids)).abs().max() > 0.01
+    learned = build(position="learned")
+    assert (learned(ids, torch.arange(T) + 2) - learned(ids)).abs().max() > 0.01
 
 
 def test_grouped_heads():
@@ -315,7 +354,8 @@ def test_grouped_heads():
         state = grouped.state_dict()
         for key in [k for k in state if k.endswith("wqkv.weight")]:
             q, k, v = state[key].view(4 + 2 * K, 6, 24).split([4, K, K])
-            state[key] = torch.cat([q, k.repeat_interleave(4 // K, 0), v.repeat_interleave(4 // K, 0)]).view(72, 24)
+            state[key] = torch.cat([q, k.repeat_interleave(4 // K, 0),
+                                    v.repeat_interleave(4 // K, 0)]).view(72, 24)
         wide.load_state_dict(state)
         close(wide(ids), grouped(ids), **FP32)
 
@@ -330,7 +370,8 @@ def test_window_mask_by_brute_force_and_a_wide_window_is_none():
         net = M.Transformer(replace(full.config, window=window))
         net.load_state_dict(full.state_dict())
         close(net(ids), full(ids), **FP32)
-    net = M.Transformer(replace(full.config, window=3))                      # two layers of window 3 reach 4 tokens back
+    # two layers of window 3 reach 4 tokens back
+    net = M.Transformer(replace(full.config, window=3))
     net.load_state_dict(full.state_dict())
     changed = ids.clone()
     changed[:, 2] += 1
@@ -348,7 +389,8 @@ def test_qk_norm_bounds_every_logit(monkeypatch):
         torch.manual_seed(0)
         layer = M.Attention(M.ModelConfig(**BASE, qk_norm=qk_norm))
         layer(1e4 * normal(2, T, 24), torch.arange(T))
-    assert largest[0] <= math.sqrt(6) * (1 + 1e-5) < largest[1] / 1e4        # |q| = |k| = sqrt(H) whatever x is
+    # |q| = |k| = sqrt(H) whatever x is
+    assert largest[0] <= math.sqrt(6) * (1 + 1e-5) < largest[1] / 1e4
 
 
 def test_dropout():
@@ -365,7 +407,8 @@ def test_dropout():
     close(stream[0][kept], 2 * net.embedding(ids)[kept])                     # scaled so that the mean stays
 
 
-@pytest.mark.parametrize("kw", [dict(), dict(parallel=True), dict(bias="all"), dict(ffn="gelu", qk_norm=True), dict(position="learned")], ids=name)
+@pytest.mark.parametrize("kw", [dict(), dict(parallel=True), dict(bias="all"), dict(ffn="gelu", qk_norm=True),
+                                dict(position="learned")], ids=name)
 def test_zero_init_is_the_identity_and_knows_nothing(kw):
     net, x, ids = M.Transformer(M.ModelConfig(**{**BASE, **kw, "init": "zero"})), normal(2, T, 24), some_ids()
     assert torch.equal(net.blocks[0](x, torch.arange(T)), x)
@@ -375,15 +418,19 @@ def test_zero_init_is_the_identity_and_knows_nothing(kw):
 
 def test_tied_weights_are_one_storage():
     net = build(tie_embeddings=True)
-    assert net.head.weight is net.embedding.weight and len([k for k, _ in net.named_parameters() if "head" in k]) == 0
+    assert net.head.weight is net.embedding.weight
+    assert len([k for k, _ in net.named_parameters() if "head" in k]) == 0
     net(some_ids()).sum().backward()
-    assert net.embedding.weight.grad.abs().sum(-1).all()                     # rows that were not read get one from the head
+    # rows that were not read get one from the head
+    assert net.embedding.weight.grad.abs().sum(-1).all()
     copy = M.load_model(dict(config=asdict(net.config), model=net.state_dict()))
-    assert copy.head.weight.data_ptr() == copy.embedding.weight.data_ptr() and torch.equal(copy(some_ids()), net.eval()(some_ids()))
+    assert copy.head.weight.data_ptr() == copy.embedding.weight.data_ptr()
+    assert torch.equal(copy(some_ids()), net.eval()(some_ids()))
 
 
 @pytest.mark.parametrize("kw", [dict(qk_norm=True), dict(window=2, attn_softcap=1.5, num_kv_heads=1), dict(
-    parallel=True, norm="layernorm", bias="all", ffn="geglu"), dict(norm_position="double", ffn="gelu"), dict(norm_position="post", ffn="silu")], ids=name)
+    parallel=True, norm="layernorm", bias="all", ffn="geglu"), dict(norm_position="double", ffn="gelu"),
+    dict(norm_position="post", ffn="silu")], ids=name)
 def test_gradients_in_float64(kw):
     torch.manual_seed(0)
     block = M.Block(M.ModelConfig(**{**BASE, "d_model": 4, "num_heads": 2, "d_ff": 3, **kw})).double()
@@ -402,7 +449,8 @@ def test_sampling_probabilities():
         want = torch.zeros(5).index_copy(0, kept, logits[0][kept].softmax(0))
         close(M.next_token_probs(logits, top_k=k)[0], want)
     rng = random.Random(0)
-    for _ in range(100):                                                     # the smallest set that reaches p, by trying sizes
+    # the smallest set that reaches p, by trying sizes
+    for _ in range(100):
         p, z = rng.random(), normal(9, seed=rng.randrange(10**6)).double() * 2
         probs = sorted(z.softmax(0).tolist(), reverse=True)
         size = next(n for n in range(1, 10) if sum(probs[:n]) >= p or n == 9)
@@ -416,15 +464,18 @@ def test_sampling_probabilities():
 def test_generate():
     net = build().train()
     ids, want = [5, 6, 7], []
-    for _ in range(30):                                                      # greedy, and past context_length the text slides
+    # greedy, and past context_length the text slides
+    for _ in range(30):
         want.append(net(torch.tensor([(ids + want)[-16:]]))[0, -1].argmax().item())
     assert M.generate(net, ids, 30, temperature=0) == want and net.training and ids == [5, 6, 7]
     stop = want[9]
     assert M.generate(net, ids, 30, temperature=0, stop={stop}) == want[:want.index(stop)]
     draw = lambda seed, **kw: M.generate(net, ids, 30, generator=torch.Generator().manual_seed(seed), **kw)
     assert draw(0) == draw(0) != draw(1) and draw(0, top_k=1) == draw(1, top_p=1e-6) == want
-    assert M.generate(net, ids, 0) == [] and M.generate(build(), list(range(40)), 1, 0) == M.generate(build(), list(range(24, 40)), 1, 0)
-    for bad, word in ((dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(top_k=-1), "top_k")):
+    assert M.generate(net, ids, 0) == []
+    assert M.generate(build(), list(range(40)), 1, 0) == M.generate(build(), list(range(24, 40)), 1, 0)
+    for bad, word in ((dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"),
+                      (dict(top_p=1.5), "top_p"), (dict(top_k=-1), "top_k")):
         with pytest.raises(ValueError, match=word):
             draw(0, **bad)
     with pytest.raises(ValueError, match="at least one token"):
@@ -433,22 +484,28 @@ def test_generate():
 
 def test_text_longer_than_the_context_is_refused():
     net = build()
-    for call in (lambda: net(some_ids(1, 17)), lambda: [net(some_ids(1, 9), cache=c) for c in [net.make_cache()] for _ in range(2)]):
-        with pytest.raises(ValueError, match=r"1[78] tokens do not fit context_length=16.*--context_length 1[78]"):
+    for call in (lambda: net(some_ids(1, 17)), lambda: [net(some_ids(1, 9), cache=c)
+                                                        for c in [net.make_cache()] for _ in range(2)]):
+        with pytest.raises(ValueError,
+                           match=r"1[78] tokens do not fit context_length=16.*--context_length 1[78]"):
             call()
 
 
-# --- 4. accounting: closed form == counted ----------------------------------------------------------------------
+# --- 4. accounting: closed form == counted ------------------------------------------------------------------
 
 def configs(number, seed=0, **fixed):
     """`number` random shapes from the product of all knobs that change a cost."""
     rng, out = random.Random(seed), []
     for _ in range(number):
         N, H = rng.choice((1, 2, 4, 6)), rng.choice((2, 4, 8))
-        kw = dict(num_heads=N, num_kv_heads=rng.choice([0] + [k for k in range(1, N + 1) if N % k == 0]), d_model=N * H,
-                  num_layers=rng.choice((1, 2, 3)), d_ff=rng.choice((0, 1, 40)), vocab_size=rng.choice((7, 300)), context_length=rng.choice((5, 16)))
-        for key, values in dict(norm=("rmsnorm", "layernorm", "none"), norm_position=("pre", "post", "double"), parallel=(False, True),
-                                position=("rope", "learned", "sinusoidal", "none"), bias=("none", "qkv", "all"), tie_embeddings=(False, True),
+        kw = dict(num_heads=N, num_kv_heads=rng.choice([0] + [k for k in range(1, N + 1) if N % k == 0]),
+                  d_model=N * H,
+                  num_layers=rng.choice((1, 2, 3)), d_ff=rng.choice((0, 1, 40)),
+                  vocab_size=rng.choice((7, 300)), context_length=rng.choice((5, 16)))
+        for key, values in dict(norm=("rmsnorm", "layernorm", "none"),
+                                norm_position=("pre", "post", "double"), parallel=(False, True),
+                                position=("rope", "learned", "sinusoidal", "none"),
+                                bias=("none", "qkv", "all"), tie_embeddings=(False, True),
                                 qk_norm=(False, True), ffn=tuple(M.FFNS)).items():
             kw[key] = rng.choice(values)
         out.append(M.ModelConfig(**{**kw, **fixed}))
@@ -460,14 +517,17 @@ def test_parameters_as_predicted():
         with torch.device("meta"):
             net = M.Transformer(c)
         parts = {"embedding": net.embedding, "position": net.position, "head": net.head}
-        counted = {k: sum(p.numel() for p in m.parameters()) if m is not None else 0 for k, m in parts.items()}
+        counted = {k: sum(p.numel() for p in m.parameters()) if m is not None else 0 for k,
+                   m in parts.items()}
         counted["head"] *= not c.tie_embeddings
         for kind in ("attention", "ffn"):
-            counted[kind] = sum(p.numel() for b in net.blocks for p in (b.mixer if kind == "attention" else b.ffn).parameters())
+            counted[kind] = sum(p.numel() for b in net.blocks
+                                for p in (b.mixer if kind == "attention" else b.ffn).parameters())
         total = sum(p.numel() for p in net.parameters())
         counted["norms"] = total - sum(counted.values())
         assert M.count_params(c) == counted and M.num_params(c) == total, c
-        assert sum(v.numel() for v in net.state_dict().values()) == total * 1 + counted["embedding"] * c.tie_embeddings, "a stored buffer"
+        stored = sum(v.numel() for v in net.state_dict().values())
+        assert stored == total + counted["embedding"] * c.tie_embeddings, "a stored buffer"
 
 
 def test_every_preset_builds():
@@ -488,9 +548,12 @@ def test_flops_as_counted():
         with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
             loss.backward()
         per_token = sum(M.flops_per_token(c).values())
-        assert forward.get_total_flops() == 2 * length * per_token and backward.get_total_flops() == 2 * forward.get_total_flops(), c
-        assert M.train_flops(c, 2 * length) == 3 * forward.get_total_flops()
-    plain = M.ModelConfig(**BASE, norm="none")                               # 6 N D, once scores and the table are set aside
+        counted = forward.get_total_flops()
+        assert counted == 2 * length * per_token, c
+        assert backward.get_total_flops() == 2 * counted, c
+        assert M.train_flops(c, 2 * length) == 3 * counted
+    # 6 N D, once scores and the table are set aside
+    plain = M.ModelConfig(**BASE, norm="none")
     parts = M.flops_per_token(plain, 1)
     assert 3 * (sum(parts.values()) - parts["scores"]) == 6 * (M.num_params(plain) - V * 24)
     assert M.flops_per_token(plain, 64)["scores"] == 64 * parts["scores"]
@@ -504,8 +567,10 @@ def test_saved_bytes_as_counted():
         x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
         with M.count_saved_bytes(net) as kept:
             loss = M.lm_loss(net(x), y)[0]
-        missed = sum(kept.values()) - sum(M.activation_bytes(c, 3, checkpoint_blocks=net.checkpoint_blocks).values())
-        assert 0 <= missed <= 8 * c.context_length + 4, (missed, net.checkpoint_blocks, c)   # the positions and one scalar: no B, no D
+        predicted = M.activation_bytes(c, 3, checkpoint_blocks=net.checkpoint_blocks)
+        missed = sum(kept.values()) - sum(predicted.values())
+        # the positions and one scalar: no B, no D
+        assert 0 <= missed <= 8 * c.context_length + 4, (missed, net.checkpoint_blocks, c)
         del loss
 
 
@@ -521,10 +586,11 @@ def test_cache_and_optimizer_bytes_as_counted():
     adam = torch.optim.AdamW(net.parameters())
     net(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
     adam.step()
-    assert sum(t.nbytes for s in adam.state.values() for k, t in s.items() if k != "step") == M.optimizer_bytes(c)
+    assert sum(t.nbytes for s in adam.state.values() for k, t in s.items()
+               if k != "step") == M.optimizer_bytes(c)
 
 
-# --- 5. checkpoints ---------------------------------------------------------------------------------------------
+# --- 5. checkpoints -----------------------------------------------------------------------------------------
 
 def trained(steps=3):
     net = build()
@@ -550,29 +616,34 @@ def test_checkpoint_round_trip(kind, tmp_path):
     state = M.load_checkpoint(out)
     assert (state["step"], state["note"], M.ModelConfig(**state["config"])) == (3, "x", net.config)
     again = M.load_model(state)
-    assert not again.training and all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
+    assert not again.training
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
     resumed = torch.optim.AdamW(again.parameters(), 1e-2)
     resumed.load_state_dict(state["optimizer"])
-    assert [train_a_little(again, resumed, i) for i in (3, 4)] == [train_a_little(net, adam, i) for i in (3, 4)]
+    assert [train_a_little(again, resumed, i) for i in (3, 4)] == [train_a_little(net, adam, i)
+                                                                   for i in (3, 4)]
     assert os.listdir(tmp_path) == ([] if kind == "open file" else ["c.pt"])
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
 def test_names_of_wrapped_modules_are_stripped(prefix):
     net, f = build(), io.BytesIO()
-    torch.save(dict(config=asdict(net.config), model={prefix + k: v for k, v in net.state_dict().items()}, step=1), f)
+    torch.save(dict(config=asdict(net.config), model={prefix + k: v for k, v in net.state_dict().items()},
+                    step=1), f)
     f.seek(0)
     assert torch.equal(M.load_model(f)(some_ids()), net.eval()(some_ids()))
 
 
 def test_saving_a_wrapped_module_stores_plain_names():
-    class Wrapped(torch.nn.Module):                                          # as DistributedDataParallel and torch.compile wrap
+    # as DistributedDataParallel and torch.compile wrap
+    class Wrapped(torch.nn.Module):
         def __init__(self, **inner):
             super().__init__()
             for key, module in inner.items():
                 setattr(self, key, module)
     net = build()
-    for wrapped in (Wrapped(module=net), Wrapped(_orig_mod=net), Wrapped(_orig_mod=Wrapped(module=net)), Wrapped(module=Wrapped(_orig_mod=net))):
+    for wrapped in (Wrapped(module=net), Wrapped(_orig_mod=net), Wrapped(_orig_mod=Wrapped(module=net)),
+                    Wrapped(module=Wrapped(_orig_mod=net))):
         f = io.BytesIO()
         M.save_checkpoint(f, wrapped)
         f.seek(0)
@@ -591,14 +662,16 @@ class Payload:
 def refused(path):
     with pytest.raises((ValueError, FileNotFoundError)) as e:
         M.load_model(path)
-    assert str(e.value).count("\n") == 0 and str(path) in str(e.value) and len(str(e.value)) < 700, str(e.value)
-    return str(e.value)
+    message = str(e.value)
+    assert "\n" not in message and str(path) in message and len(message) < 700, message
+    return message
 
 
 def test_damaged_checkpoints_get_one_line(tmp_path):
     path, mark, rng = tmp_path / "c.pt", tmp_path / "ran", random.Random(0)
     assert "python train.py" in refused(path)                                # missing
-    for data in (b"", b"def f():\n    return 1\n" * 99, b"PK\x03\x04", bytes(1000), b"\x80\x02", rng.randbytes(5000)):
+    for data in (b"", b"def f():\n    return 1\n" * 99, b"PK\x03\x04", bytes(1000), b"\x80\x02",
+                 rng.randbytes(5000)):
         path.write_bytes(data)
         refused(path)
     M.save_checkpoint(path, build(num_layers=1))
@@ -606,7 +679,8 @@ def test_damaged_checkpoints_get_one_line(tmp_path):
     for n in [1, 4, 100, len(whole) // 2, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(40))]:
         path.write_bytes(whole[:n])
         assert "truncated" in refused(path) or n < 100
-    for _ in range(150):                                                     # broken bytes: one line or a model, never another error
+    # broken bytes: one line or a model, never another error
+    for _ in range(150):
         data = bytearray(whole)
         for _ in range(rng.choice((1, 1, 20))):
             data[rng.randrange(len(data))] = rng.randrange(256)
@@ -615,11 +689,14 @@ def test_damaged_checkpoints_get_one_line(tmp_path):
             M.load_model(path)
         except ValueError as e:
             assert "\n" not in str(e)
-    for dump in (lambda: torch.save(dict(config={}, model={}, step=Payload(mark)), path), lambda: path.write_bytes(pickle.dumps(Payload(mark))),
-                 lambda: torch.save(Payload(mark), path, _use_new_zipfile_serialization=False), lambda: torch.save(build(), path)):
+    for dump in (lambda: torch.save(dict(config={}, model={}, step=Payload(mark)), path),
+                 lambda: path.write_bytes(pickle.dumps(Payload(mark))),
+                 lambda: torch.save(Payload(mark), path, _use_new_zipfile_serialization=False),
+                 lambda: torch.save(build(), path)):
         dump()
         assert "refused" in refused(path) and not mark.exists()
-    for state, word in (([1, 2], "lacks"), (dict(model={}, step=1), "config"), (dict(config=3, model={}, step=1), ""), (dict(config={}, model=[], step=1), "")):
+    for state, word in (([1, 2], "config"), (dict(model={}, step=1), "config"),
+                        (dict(config=3, model={}, step=1), ""), (dict(config={}, model=[], step=1), "")):
         torch.save(state, path)
         with pytest.raises(ValueError, match=word):
             M.load_model(path)
@@ -627,7 +704,8 @@ def test_damaged_checkpoints_get_one_line(tmp_path):
 
 def test_weights_of_another_configuration():
     net = build()
-    for change in (dict(d_model=32), dict(num_layers=3), dict(num_layers=1), dict(position="learned"), dict(vocab_size=99)):
+    for change in (dict(d_model=32), dict(num_layers=3), dict(num_layers=1), dict(position="learned"),
+                   dict(vocab_size=99)):
         with pytest.raises(ValueError, match="do not fit") as e:
             M.load_model(dict(config=asdict(replace(net.config, **change)), model=net.state_dict(), step=0))
         assert "\n" not in str(e.value)
@@ -640,7 +718,8 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     M.save_checkpoint(path, net, step=1)
     old = path.read_bytes()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, hard))         # a real write that fails half way
+    # a real write that fails half way
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, hard))
     try:
         with pytest.raises(OSError, match="could not save.*unharmed.*--out") as e:
             M.save_checkpoint(path, net, step=2)
@@ -659,14 +738,20 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
         M.save_checkpoint(tmp_path / "nowhere" / "c.pt", net)
 
 
-# --- 6. configurations and the command line ---------------------------------------------------------------------
+# --- 6. configurations and the command line -----------------------------------------------------------------
 
-BAD = [dict(vocab_size=0), dict(context_length=-1), dict(d_model=0), dict(num_layers=0), dict(num_heads=0), dict(rope_theta=-1.0), dict(rope_theta=math.nan),
-       dict(norm_eps=0.0), dict(norm_eps=math.inf), dict(num_kv_heads=-1), dict(d_ff=-8), dict(window=-1), dict(attn_softcap=-1.0), dict(logit_softcap=math.nan),
-       dict(d_model=100, num_heads=3), dict(d_model=10, num_heads=3), dict(d_model=2, num_heads=3), dict(num_heads=4, d_model=24, num_kv_heads=3),
-       dict(num_heads=4, d_model=24, num_kv_heads=8), dict(d_model=9, num_heads=3), dict(d_model=9, num_heads=3, position="sinusoidal"),
-       dict(d_model=7, num_heads=1, position="sinusoidal"), dict(dropout=1.0), dict(dropout=-0.1), dict(dropout=math.nan), dict(norm="batchnorm"), dict(ffn=""),
-       dict(mixer="hyena"), dict(d_model=24.0), dict(num_heads="4"), dict(qk_norm=1), dict(num_layers=True), dict(bias="yes")]
+BAD = [dict(vocab_size=0), dict(context_length=-1), dict(d_model=0), dict(num_layers=0), dict(num_heads=0),
+       dict(rope_theta=-1.0), dict(rope_theta=math.nan),
+       dict(norm_eps=0.0), dict(norm_eps=math.inf), dict(num_kv_heads=-1), dict(d_ff=-8), dict(window=-1),
+       dict(attn_softcap=-1.0), dict(logit_softcap=math.nan),
+       dict(d_model=100, num_heads=3), dict(d_model=10, num_heads=3), dict(d_model=2, num_heads=3),
+       dict(num_heads=4, d_model=24, num_kv_heads=3),
+       dict(num_heads=4, d_model=24, num_kv_heads=8), dict(d_model=9, num_heads=3),
+       dict(d_model=9, num_heads=3, position="sinusoidal"),
+       dict(d_model=7, num_heads=1, position="sinusoidal"), dict(dropout=1.0), dict(dropout=-0.1),
+       dict(dropout=math.nan), dict(norm="batchnorm"), dict(ffn=""),
+       dict(mixer="hyena"), dict(d_model=24.0), dict(num_heads="4"), dict(qk_norm=1), dict(num_layers=True),
+       dict(bias="yes")]
 
 
 @pytest.mark.parametrize("kw", BAD, ids=name)
@@ -679,10 +764,13 @@ def test_config_errors_name_field_value_and_remedy(kw):
         named = [f"{k}={v!r}" in message or f"{k}={v}" in message for k, v in kw.items()]
         assert any(named) or "head dim d_model/num_heads=" in message, message
         assert "\n" not in message
-        remedy, one_of, default = re.search(r"(?:try|give) --(\w+) (\S+)", message), re.search(r"choose one of (\w+)", message), re.search(r"(\w+)=\S+ .*(0) is the default", message)
+        remedy = re.search(r"(?:try|give) --(\w+) (\S+)", message)
+        one_of = re.search(r"choose one of (\w+)", message)
+        default = re.search(r"(\w+)=\S+ .*(0) is the default", message)
         tried = re.search(r"(\w+)=\S+ .*try (\S+)$", message)
         assert remedy or one_of or default or tried, message
-        field, value = remedy.groups() if remedy else (next(k for k in kw if k in message), one_of[1]) if one_of else (default or tried).groups()
+        field, value = remedy.groups() if remedy else (next(k for k in kw if k in message),
+                                                       one_of[1]) if one_of else (default or tried).groups()
         kind = next(f.type for f in fields(M.ModelConfig) if f.name == field)
         kw = {**kw, field: value == "True" if kind is bool else kind(value)}
         try:
@@ -697,9 +785,13 @@ def test_config_defaults():
     c = M.ModelConfig()
     with pytest.raises(AttributeError):
         c.d_model = 3
-    for D, gated, plain in ((192, 512, 768), (512, 1344, 2048), (768, 2048, 3072), (4096, 10944, 16384), (24, 64, 128)):
-        assert replace(c, d_model=D, num_heads=1).ffn_dim == gated and replace(c, d_model=D, num_heads=1, ffn="silu").ffn_dim == plain
-    assert replace(c, num_heads=6).kv_heads == 6 and replace(c, num_heads=6, num_kv_heads=2).kv_heads == 2 and c.head_dim == 64
+    for D, gated, plain in ((192, 512, 768), (512, 1344, 2048), (768, 2048, 3072), (4096, 10944, 16384),
+                            (24, 64, 128)):
+        assert replace(c, d_model=D,
+                       num_heads=1).ffn_dim == gated and replace(c, d_model=D, num_heads=1,
+                                                                 ffn="silu").ffn_dim == plain
+    assert replace(c, num_heads=6).kv_heads == 6 and replace(c, num_heads=6, num_kv_heads=2).kv_heads == 2
+    assert c.head_dim == 64
 
 
 def command(monkeypatch, *argv):
@@ -713,12 +805,16 @@ def command(monkeypatch, *argv):
 
 def test_flags_reach_the_config(monkeypatch):
     assert command(monkeypatch) == (M.ModelConfig(**M.PRESETS["tiny"]), "out")
-    c = command(monkeypatch, "--preset", "gpt2", "--d_model", "96", "--no-tie_embeddings", "--dropout", "0.1", "--norm", "rmsnorm", "--out", "x")[0]
-    assert c == M.ModelConfig(**{**M.PRESETS["gpt2"], "d_model": 96, "tie_embeddings": False, "dropout": 0.1, "norm": "rmsnorm"})
+    c = command(monkeypatch, "--preset", "gpt2", "--d_model", "96", "--no-tie_embeddings", "--dropout", "0.1",
+                "--norm", "rmsnorm", "--out", "x")[0]
+    assert c == M.ModelConfig(**{**M.PRESETS["gpt2"], "d_model": 96, "tie_embeddings": False, "dropout": 0.1,
+                                 "norm": "rmsnorm"})
     p = M.cli("doc")
     M.add_model_flags(p)
-    assert M.model_config(p.parse_args(["--vocab_size", "9"]), vocab_size=300).vocab_size == 300        # what the data decides wins
-    for f in fields(M.ModelConfig):                                          # every knob is a flag with a help text
+    # what the data decides wins
+    assert M.model_config(p.parse_args(["--vocab_size", "9"]), vocab_size=300).vocab_size == 300
+    # every knob is a flag with a help text
+    for f in fields(M.ModelConfig):
         text = next(a for a in p._actions if a.dest == f.name)
         assert text.help and f.metadata["help"]
     for line in re.findall(r"^(?:Run)?\s+\$? ?python model\.py(.*?)(?:#.*)?$", M.__doc__, re.M):
@@ -726,14 +822,18 @@ def test_flags_reach_the_config(monkeypatch):
     assert M.__doc__.count("python model.py") >= 2
 
 
-@pytest.mark.parametrize("argv,words", [(["--lrr", "3"], "unrecognized"), (["--d_model", "wide"], "wide"), (["--d_mod", "64"], "unrecognized"),
-    (["--norm", "batch"], "batch"), (["--preset", "huge"], "huge"), (["--d_model", "100"], "num_heads=3"), (["--qk_norm", "maybe"], "maybe"),
-    (["--dropout", "2"], "dropout=2"), (["--d_model"], "expected one argument")], ids=lambda v: " ".join(v) if isinstance(v, list) else "")
+@pytest.mark.parametrize("argv,words", [(["--lrr", "3"], "unrecognized"), (["--d_model", "wide"], "wide"),
+                                        (["--d_mod", "64"], "unrecognized"),
+    (["--norm", "batch"], "batch"), (["--preset", "huge"], "huge"), (["--d_model", "100"], "num_heads=3"),
+    (["--qk_norm", "maybe"], "maybe"),
+    (["--dropout", "2"], "dropout=2"), (["--d_model"], "expected one argument")], ids=lambda v: " ".join(v)
+    if isinstance(v, list) else "")
 def test_bad_flags_are_one_line_and_status_2(argv, words, monkeypatch, capsys):
     with pytest.raises(SystemExit) as e:
         command(monkeypatch, *argv)
     out, err = capsys.readouterr()
-    assert e.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("model.py: error: ") and words in err
+    assert e.value.code == 2 and out == "" and err.count("\n") == 1 and err.startswith("model.py: error: ")
+    assert words in err
 
 
 def test_help_and_devices(monkeypatch, capsys):
@@ -747,7 +847,8 @@ def test_help_and_devices(monkeypatch, capsys):
 
 
 def test_the_demo_predicts_what_it_counts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", shlex.split(f"model.py --d_model 32 --num_heads 2 --num_layers 1 --context_length 32 --vocab_size 99 --out {tmp_path}/new"))
+    small = "--d_model 32 --num_heads 2 --num_layers 1 --context_length 32 --vocab_size 99"
+    monkeypatch.setattr(sys, "argv", ["model.py", *small.split(), "--out", str(tmp_path / "new")])
     M.main()
     out = capsys.readouterr().out
     rows = [line.split() for line in out.partition("predicted")[2].splitlines()[1:]]
@@ -757,6 +858,6 @@ def test_the_demo_predicts_what_it_counts(tmp_path, monkeypatch, capsys):
 
 
 def test_importing_does_no_work():
-    code = "import sys; import model; print('matplotlib' in sys.modules, 'bpe' in sys.modules, sorted(p for p in sys.argv))"
+    code = "import sys, model; print('matplotlib' in sys.modules, 'bpe' in sys.modules, sys.argv)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (done.stdout.strip(), done.stderr) == ("False False ['-c']", "")

@@ -1,10 +1,11 @@
-"""Tests of train.py: (1) equal to a naive oracle, (2) to torch and published figures, (3) invariants, (4) accounting,
-(5) the run: files, resuming, signals, kills, bad input.
+"""Tests of train.py: (1) equal to a naive oracle, (2) to torch and published figures, (3) invariants,
+(4) accounting, (5) the run: files, resuming, signals, kills, (6) the command line and bad input.
 
-Runs go through train.run_command in this process; the one that must not (kill -9) starts from a fork server that has
-torch loaded already, so that a start costs milliseconds. Everything is tiny: 2 layers of width 32, 300 tokens.
+Runs go through train.run_command in this process; those that must not (kill -9) start from a fork server that
+has torch loaded already. Everything is tiny: 2 layers of width 32, a vocabulary of 300.
 """
-import io, itertools, json, math, multiprocessing, os, pickle, random, re, shlex, shutil, signal, subprocess, sys, zlib
+import io, itertools, json, math, multiprocessing, os, pickle, random, re
+import shlex, shutil, signal, subprocess, sys, zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,19 @@ import train as R  # noqa: E402
 
 import torch  # noqa: E402
 
-torch.set_num_threads(1)                                                     # tiny shapes: a second thread only waits
+# tiny shapes: a second thread only waits
+torch.set_num_threads(1)
 close = torch.testing.assert_close
-SHAPE = ("--num_layers 2 --d_model 32 --num_heads 2 --context_length 16 --batch_size 4 --val_tokens 300 --eval_tokens 100 "
-         "--sample_tokens 5 --threads 1 --device cpu").split()
+SHAPE = ("--num_layers 2 --d_model 32 --num_heads 2 --context_length 16 --batch_size 4 --val_tokens 300 "
+         "--eval_tokens 100 --sample_tokens 5 --threads 1 --device cpu").split()
 
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory):
     """A folder of 60 small files that no compressor and no model finds empty."""
     folder, rng = tmp_path_factory.mktemp("texts"), random.Random(0)
-    words = ["".join(rng.choices("abcdefgh", k=rng.randrange(1, 7))) for _ in range(50)] + ["def", "return", "Größe", "🌍"]
+    words = ["".join(rng.choices("abcdefgh", k=rng.randrange(1, 7)))
+             for _ in range(50)] + ["def", "return", "Größe", "🌍"]
     for i in range(60):
         (folder / f"{i:02}.txt").write_text(" ".join(rng.choices(words, k=60)) + "\n")
     return folder
@@ -93,14 +96,19 @@ def without_clock(log):
 def same_state(a, b):
     """Weights, optimizer, reading position and random state, to the bit."""
     flat = lambda v, at="": [x for k in v for x in flat(v[k], f"{at}.{k}")] if isinstance(v, dict) else [
-        x for i, w in enumerate(v) for x in flat(w, f"{at}.{i}")] if isinstance(v, (list, tuple)) else [(at, v)]
-    for (key, x), (other, y) in itertools.zip_longest(*(flat({k: s[k] for k in ("model", "optimizer", "step", "sequences", "rng", "config")}) for s in (a, b))):
+        x for i, w in enumerate(v)
+        for x in flat(w, f"{at}.{i}")] if isinstance(v, (list, tuple)) else [(at, v)]
+    for (key, x), (other, y) in itertools.zip_longest(*(flat({k: s[k]
+                                                              for k in ("model", "optimizer", "step",
+                                                                        "sequences", "rng", "config")})
+                                                                        for s in (a, b))):
         assert key == other and (torch.equal(x, y) if torch.is_tensor(x) else x == y), key
 
 
-# --- 1. optimizers and reading against naive versions -----------------------------------------------------------
+# --- 1. optimizers and reading against naive versions -------------------------------------------------------
 
-@pytest.mark.parametrize("lr,want,rel", [(1.0, 21.7, 0.01), (10.0, 3.53, 0.01), (100.0, 0.0, 0), (1000.0, 2.4e18, 0.03)])
+@pytest.mark.parametrize("lr,want,rel", [(1.0, 21.7, 0.01), (10.0, 3.53, 0.01), (100.0, 0.0, 0),
+                                         (1000.0, 2.4e18, 0.03)])
 def test_sgd_on_the_toy_of_the_lecture(lr, want, rel):
     """w (10,10) of 5 N(0,1), loss mean w^2, rate lr / sqrt(t + 1); the tenth loss printed."""
     torch.manual_seed(0)
@@ -114,7 +122,8 @@ def test_sgd_on_the_toy_of_the_lecture(lr, want, rel):
         opt.param_groups[0]["lr"] = lr / math.sqrt(t + 1)
         opt.step()
     assert first == pytest.approx(26.3, abs=0.05)
-    assert loss.item() == pytest.approx(want, rel=rel, abs=1e-20)            # at 100 the fourth step lands on 0, but for rounding
+    # at 100 the fourth step lands on 0, but for rounding
+    assert loss.item() == pytest.approx(want, rel=rel, abs=1e-20)
 
 
 def follow(ours, theirs, make, steps, dtype=torch.float32, **kw):
@@ -156,12 +165,14 @@ def with_singular_values(rows, cols, s):
 def test_orthogonalise(rows, cols):
     torch.manual_seed(0)
     r = min(rows, cols)
-    for size in (1e-3, 1.0, 1e4):                                            # the length of the gradient does not matter
+    # the length of the gradient does not matter
+    for size in (1e-3, 1.0, 1e4):
         u, v, g = with_singular_values(rows, cols, torch.linspace(0.1, 1, r))
         x = R.orthogonalise(size * g)
         assert x.shape == g.shape
         inside = u.T @ x @ v
-        assert 0.6 < inside.diagonal().min() and inside.diagonal().max() < 1.3 and (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
+        assert 0.6 < inside.diagonal().min() and inside.diagonal().max() < 1.3
+        assert (inside - torch.diag(inside.diagonal())).abs().max() < 1e-3
     stack = torch.randn(3, rows, cols)
     close(R.orthogonalise(stack), torch.stack([R.orthogonalise(g) for g in stack]), atol=1e-4, rtol=1e-4)
     assert not R.orthogonalise(torch.zeros(rows, cols)).any()
@@ -171,7 +182,8 @@ def test_muon_is_momentum_then_orthogonalise():
     torch.manual_seed(0)
     w, b = torch.nn.Parameter(torch.randn(6, 20)), torch.nn.Parameter(torch.randn(6))
     twin = torch.nn.Parameter(b.detach().clone())
-    opt = R.Muon([dict(params=[w], muon=True), dict(params=[b], weight_decay=0.0)], lr=0.01, momentum=0.9, weight_decay=0.3)
+    opt = R.Muon([dict(params=[w], muon=True), dict(params=[b], weight_decay=0.0)], lr=0.01, momentum=0.9,
+                 weight_decay=0.3)
     adam = R.AdamW([twin], lr=0.01, weight_decay=0.0)
     want, m = w.detach().clone(), 0
     for _ in range(4):
@@ -188,15 +200,18 @@ def test_muon_is_momentum_then_orthogonalise():
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
 def test_every_weight_is_in_one_group_and_only_hidden_matrices_decay(kind):
-    for kw in (dict(bias="all", norm="layernorm", position="learned"), dict(tie_embeddings=True, qk_norm=True), {}):
-        net = M.Transformer(M.ModelConfig(vocab_size=30, context_length=8, d_model=8, num_layers=2, num_heads=2, **kw))
+    for kw in (dict(bias="all", norm="layernorm", position="learned"),
+               dict(tie_embeddings=True, qk_norm=True), {}):
+        net = M.Transformer(M.ModelConfig(vocab_size=30, context_length=8, d_model=8, num_layers=2,
+                                          num_heads=2, **kw))
         opt = R.make_optimizer(net, settings("--optimizer", kind))
         names, seen = {id(p): n for n, p in net.named_parameters()}, []
         for group in opt.param_groups:
             for p in group["params"]:
                 seen.append(names[id(p)])
                 hidden = names[id(p)].startswith("blocks.") and p.dim() == 2
-                assert group.get("muon", False) == (kind == "muon" and hidden) and (group.get("weight_decay", 0) > 0) == (hidden and kind != "sgd")
+                assert group.get("muon", False) == (kind == "muon" and hidden)
+                assert (group.get("weight_decay", 0) > 0) == (hidden and kind != "sgd")
         assert sorted(seen) == sorted(names.values())
 
 
@@ -210,27 +225,34 @@ def test_batches(dtype, n, T):
     epochs = [read(e * W, W) for e in range(3)]
     for x, y in epochs:
         assert x.dtype == y.dtype == torch.int64 and x.shape == (W, T)
-        assert torch.equal(x + 1, y) and x.min() >= tokens[0] and y.max() <= tokens[-1]   # y is the next token, and from the file
-        assert y.unique().numel() == W * T                                                # no token twice in an epoch
+        # y is the next token, and from the file
+        assert torch.equal(x + 1, y) and x.min() >= tokens[0] and y.max() <= tokens[-1]
+        # no token twice in an epoch
+        assert y.unique().numel() == W * T
     if n == 100:
-        assert not torch.equal(epochs[0][0], epochs[1][0]) and epochs[0][0].min() != epochs[2][0].min() or epochs[0][0].min() != epochs[1][0].min()
+        assert not torch.equal(epochs[0][0], epochs[1][0])
+        assert len({x.min().item() for x, _ in epochs}) > 1                  # the cut starts elsewhere
         assert not torch.equal(read(0, W)[0], read(0, W, 4)[0])
     reader, whole = R.Batches(tokens, T, 3), torch.cat([x for x, _ in epochs])
-    for first in (3 * W - 2, 0, W - 1, W, 1):                                             # one integer is the whole state
+    # one integer is the whole state
+    for first in (3 * W - 2, 0, W - 1, W, 1):
         assert torch.equal(reader(first, 2)[0], whole[first:first + 2])
 
 
 def test_too_few_tokens_say_what_to_do():
     with pytest.raises(ValueError, match="30 training tokens .*context.* 16.*--context_length (\\d+)") as e:
         R.Batches(np.zeros(30, np.uint16), 16)
-    assert R.Batches(np.zeros(30, np.uint16), int(re.search(r"--context_length (\d+)", str(e.value))[1])).windows >= 1
+    assert R.Batches(np.zeros(30, np.uint16), int(re.search(r"--context_length (\d+)",
+                                                            str(e.value))[1])).windows >= 1
 
 
-@pytest.mark.parametrize("T,n", [(8, 3), (8, 8), (8, 9), (8, 61), (7, 50), (1, 9), (2, 9), (8, 1), (5, 5 + 2 * 7)])
+@pytest.mark.parametrize("T,n", [(8, 3), (8, 8), (8, 9), (8, 61), (7, 50), (1, 9), (2, 9), (8, 1),
+                                 (5, 5 + 2 * 7)])
 def test_evaluate_equals_token_by_token(T, n):
-    """Each token from the context that the docstring promises: its window's, at least T/2 where there is so much."""
+    """Each token from the context that the docstring promises: at least T/2 where there is so much."""
     torch.manual_seed(0)
-    net = M.Transformer(M.ModelConfig(vocab_size=30, context_length=T, d_model=8, num_layers=1, num_heads=2, position="learned", init="glorot")).double()
+    net = M.Transformer(M.ModelConfig(vocab_size=30, context_length=T, d_model=8, num_layers=1, num_heads=2,
+                                      position="learned", init="glorot")).double()
     text, half, want = np.random.default_rng(0).integers(0, 29, n), max(1, T // 2), 0.0
     full = [29, *text.tolist()]
     for k in range(1, n + 1):
@@ -244,7 +266,7 @@ def test_evaluate_equals_token_by_token(T, n):
     assert R.evaluate(net, text, 29, max_tokens=max(1, n // 2))[1] == max(1, n // 2)
 
 
-# --- 2. torch and published figures -----------------------------------------------------------------------------
+# --- 2. torch and published figures -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
 def test_clipping_equals_torch(max_norm):
@@ -262,13 +284,18 @@ def test_clipping_equals_torch(max_norm):
 
 
 def test_half_precision_facts():
-    total = lambda acc, x: sum((torch.tensor(0.01, dtype=x).to(acc) for _ in range(1000)), torch.tensor(0.0, dtype=acc)).item()
-    assert [round(total(*d), 4) for d in ((torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float16))] == [10.0001, 9.9531, 10.0021]
+    total = lambda acc, x: sum((torch.tensor(0.01, dtype=x).to(acc) for _ in range(1000)),
+                               torch.tensor(0.0, dtype=acc)).item()
+    assert [round(total(*d), 4) for d in ((torch.float32, torch.float32), (torch.float16, torch.float16),
+                                          (torch.float32, torch.float16))] == [10.0001, 9.9531, 10.0021]
     assert torch.tensor(1e-8, dtype=torch.float16) == 0 and torch.tensor(1e-8, dtype=torch.bfloat16) > 0
 
 
-@pytest.mark.parametrize("name,bf16", [("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
-                                       ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", None), ("NVIDIA A10G", None), ("Tesla T4", None)])
+@pytest.mark.parametrize("name,bf16", [("NVIDIA H100 80GB HBM3", 989.5e12), ("NVIDIA H100 PCIe", 756e12),
+                                       ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
+                                       ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
+                                       ("NVIDIA GeForce RTX 4090", None), ("NVIDIA A10G", None),
+                                       ("Tesla T4", None)])
 def test_peak_flops_are_known_or_none(name, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     assert R.peak_flops("cuda", "bf16") == bf16 and R.peak_flops("cpu", "bf16") is None
@@ -278,16 +305,19 @@ def test_peak_flops_are_known_or_none(name, bf16, monkeypatch):
 def test_compressors_on_known_bytes():
     rng = random.Random(0)
     noise, text = rng.randbytes(20_000), b"the cat sat on the mat. " * 2000
-    assert all(8 <= v < 8.3 for v in R.compressors(noise).values()) and all(v < 0.1 for v in R.compressors(text).values())
+    assert all(8 <= v < 8.3 for v in R.compressors(noise).values())
+    assert all(v < 0.1 for v in R.compressors(text).values())
     raw = zlib.compressobj(9, zlib.DEFLATED, -15)
-    size = len(raw.compress(text) + raw.flush()) + 18                        # gzip is deflate, a header of 10 bytes and a tail of 8
+    # gzip is deflate, a header of 10 bytes and a tail of 8
+    size = len(raw.compress(text) + raw.flush()) + 18
     got = R.compressors(text, noise)
     assert got["gzip -9"] == 8 * size / len(text) and len(R.compressors(text)) == 3 and len(got) == 4
     after = R.compressors(noise, noise)
-    assert next(v for k, v in after.items() if "after" in k) < 0.2 and R.compressors(b"")
+    assert after.keys() - {"gzip -9", "bzip2 -9", "xz -9e"} and min(after.values()) < 0.2
+    assert R.compressors(b"")
 
 
-# --- 3. invariants ----------------------------------------------------------------------------------------------
+# --- 3. invariants ------------------------------------------------------------------------------------------
 
 def test_schedules():
     grid = np.linspace(0, 1, 2001)
@@ -296,18 +326,24 @@ def test_schedules():
             lr = np.array([f(p, warmup, final) for p in grid])
             up = grid < warmup
             assert lr[-1] == pytest.approx(final, abs=1e-12) and lr.max() <= 1 + 1e-12 and lr.min() >= 0
-            assert np.allclose(lr[up], grid[up] / max(warmup, 1e-9)) and f(warmup, warmup, final) == pytest.approx(1)
-            assert (np.diff(lr[~up]) <= 1e-12).all() and np.abs(np.diff(lr)).max() <= 1.001 * (grid[1] / warmup if warmup else 0.01)   # no jump
+            assert np.allclose(lr[up], grid[up] / max(warmup, 1e-9))
+            assert f(warmup, warmup, final) == pytest.approx(1)
+            # no jump
+            assert (np.diff(lr[~up]) <= 1e-12).all()
+            assert np.abs(np.diff(lr)).max() <= 1.001 * (grid[1] / warmup if warmup else 0.01)
     assert {R.wsd(p) for p in np.linspace(0.02, 0.599, 50)} == {1.0} and R.wsd(0.8) == pytest.approx(0.5)
-    assert R.cosine(0.51) == pytest.approx(0.55) and R.constant(0.01, 0.02) == 0.5 and R.constant(0.9) == R.constant(0.0, 0.0) == 1
+    assert R.cosine(0.51) == pytest.approx(0.55) and R.constant(0.01, 0.02) == 0.5
+    assert R.constant(0.9) == R.constant(0.0, 0.0) == 1
     assert R.cosine(1.5) == pytest.approx(0.1) and R.wsd(1.5) == 0           # a step that ends late
 
 
 @pytest.mark.parametrize("schedule,last", [("cosine", 0.1), ("wsd", 0.0), ("constant", 1.0)])
 def test_the_schedule_ends_exactly_at_the_last_step(schedule, last, tokens):
-    run = make_run(tokens, "--steps", 7, "--schedule", schedule, "--final_lr", last, "--lr", 1e-3, "--optimizer", "adamw", "--head_lr", 1)
+    run = make_run(tokens, "--steps", 7, "--schedule", schedule, "--final_lr", last, "--lr", 1e-3,
+                   "--optimizer", "adamw", "--head_lr", 1)
     rates = [run.train_step()["lr"] for _ in range(7)]
-    assert run.progress() == 1 and rates[-1] == pytest.approx(1e-3 * last, abs=1e-12) and rates[0] > 0 and max(rates) <= 1e-3
+    assert run.progress() == 1 and rates[-1] == pytest.approx(1e-3 * last, abs=1e-12) and rates[0] > 0
+    assert max(rates) <= 1e-3
     head = next(g for g in run.optimizer.param_groups if run.model.head.weight in set(g["params"]))
     assert head["lr"] == pytest.approx(rates[-1] * head["scale"])
 
@@ -343,7 +379,8 @@ def test_noise_scale_is_unbiased_on_gaussian_gradients():
     rng, d, small, big = np.random.default_rng(0), 40, 4, 32
     mean, sigma = rng.normal(size=d) * 0.3, rng.uniform(0.5, 2, size=d)
     squared = lambda b: np.mean(np.square(mean + sigma * rng.normal(size=(20_000, d)) / math.sqrt(b)).sum(1))
-    assert R.noise_scale(squared(small), squared(big), small, big) == pytest.approx((sigma**2).sum() / (mean**2).sum(), rel=0.03)
+    assert R.noise_scale(squared(small), squared(big), small,
+                         big) == pytest.approx((sigma**2).sum() / (mean**2).sum(), rel=0.03)
     assert R.noise_scale(1.0, 1.0, 1, 8) == 0 and R.noise_scale(1.0, 0.1, 1, 8) == math.inf
 
 
@@ -353,11 +390,13 @@ def test_noise_scale_reads_the_two_gradients(tokens, monkeypatch):
     run.train_step()
     small = make_run(tokens, "--steps", 9, "--init", "glorot", "--batch_size", 1)
     small.gradients()
-    assert run.noise[0] == pytest.approx(norm({n: p.grad for n, p in small.model.named_parameters()}), rel=1e-4)
+    assert run.noise[0] == pytest.approx(norm({n: p.grad for n, p in small.model.named_parameters()}),
+                                         rel=1e-4)
     assert run.noise[1] == pytest.approx(norm(gradients(tokens)[2]), rel=1e-4)
     monkeypatch.setattr(M, "lm_loss", poisoned(M.lm_loss, {0}))
     run.train_step()
-    assert all(map(math.isfinite, run.noise))                                # one bad step does not spoil the average
+    # one bad step does not spoil the average
+    assert all(map(math.isfinite, run.noise))
 
 
 def test_overfits_one_batch(tokens):
@@ -382,24 +421,31 @@ def poisoned(loss, calls, value=math.nan):
 def test_a_bad_step_changes_no_weight(value, tokens, monkeypatch):
     run = make_run(tokens, "--steps", 9)
     run.train_step()
-    copy = lambda: [t.clone() for t in run.model.state_dict().values()] + [v.clone() for s in run.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    def copy():
+        states = [v for s in run.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        return [t.clone() for t in (*run.model.state_dict().values(), *states)]
     before = copy()
     monkeypatch.setattr(M, "lm_loss", poisoned(M.lm_loss, {0, 1}, value))
-    assert [run.train_step()["step"], run.bad_steps] == [2, 1] and [run.train_step()["step"], run.bad_steps] == [3, 2]
+    assert [run.train_step()["step"], run.bad_steps] == [2, 1]
+    assert [run.train_step()["step"], run.bad_steps] == [3, 2]
     assert all(map(torch.equal, before, copy())) and all(p.grad is None for p in run.model.parameters())
     fields = run.train_step()
-    assert run.bad_steps == 0 and math.isfinite(fields["loss"]) and not all(map(torch.equal, before, copy())) and run.sequences == 16
+    assert run.bad_steps == 0 and math.isfinite(fields["loss"]) and not all(map(torch.equal, before, copy()))
+    assert run.sequences == 16
 
 
-# --- 4. accounting ----------------------------------------------------------------------------------------------
+# --- 4. accounting ------------------------------------------------------------------------------------------
 
 def test_bits_per_byte(data, tokens):
     tok, train, val = tokens
     info = [json.loads((data / f"{part}.json").read_text()) for part in ("train", "val")]
     assert [R.token_bytes(tok)[ids].sum() for ids in (train, val)] == [i["bytes"] for i in info]
-    uniform = M.Transformer(M.ModelConfig(vocab_size=300, context_length=16, d_model=8, num_layers=1, num_heads=2))
+    uniform = M.Transformer(M.ModelConfig(vocab_size=300, context_length=16, d_model=8, num_layers=1,
+                                          num_heads=2))
     nats, n = R.evaluate(uniform, val, tok.eot_id)
-    assert n == len(val) and R.bits_per_byte(nats, info[1]["bytes"]) == pytest.approx(n * math.log2(300) / info[1]["bytes"], rel=1e-5)
+    assert n == len(val)
+    assert R.bits_per_byte(nats, info[1]["bytes"]) == pytest.approx(n * math.log2(300) / info[1]["bytes"],
+                                                                    rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
@@ -410,32 +456,42 @@ def test_memory_plan_predicts_what_is_there(kind, tokens):
         run.gradients()
     run.optimizer.step()
     weights = list(run.model.parameters())
-    assert plan["weights"] == sum(p.nbytes for p in weights) and plan["gradients"] == sum(p.grad.nbytes for p in weights)
+    assert plan["weights"] == sum(p.nbytes for p in weights)
+    assert plan["gradients"] == sum(p.grad.nbytes for p in weights)
     states = sum(t.nbytes for s in run.optimizer.state.values() for t in s.values() if torch.is_tensor(t))
-    assert plan["optimizer"] == pytest.approx(states, rel=1e-6) and plan["activations"] == pytest.approx(sum(kept.values()), rel=2e-3)
-    assert plan["logit gradients"] == 4 * 4 * 16 * 300
+    assert plan["optimizer"] == pytest.approx(states, rel=1e-6)
+    assert plan["activations"] == pytest.approx(sum(kept.values()), rel=2e-3)
+    assert plan["gradient of logits"] == 4 * 4 * 16 * 300
 
 
-# --- 5. the run -------------------------------------------------------------------------------------------------
+# --- 5. the run ---------------------------------------------------------------------------------------------
 
 def test_end_to_end_in_a_fresh_process(texts, tmp_path):
     """The real command on a folder of text; then again: it reuses the tokens and keeps the old checkpoint."""
-    flags = [*SHAPE, "--data", str(texts), "--vocab_size", "300", "--steps", "8", "--evals", "2", "--log_seconds", "0"]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    flags = [*SHAPE, "--data", str(texts), "--vocab_size", "300", "--steps", "8", "--evals", "2",
+             "--log_seconds", "0"]
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *flags], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     out = tmp_path / "out"
-    for word in ("config", "batch    64 tok = 4 seq x 16 x 1", "memory", "budget   8 steps", "gzip -9", "bzip2 -9", "xz -9e", "ln V", "bits/byte", "Sample", "mfu n/a", "tok/s", "seed 0"):
+    for word in ("config", "batch    64 tok = 4 seq x 16 x 1", "memory", "budget   8 steps", "gzip -9",
+                 "bzip2 -9", "xz -9e", "ln V", "bits/byte", "Sample", "mfu n/a", "tok/s", "seed 0"):
         assert word in done.stdout, word
-    assert (out / "loss.png").stat().st_size > 5000 and {"tokenizer.json", "train.bin", "val.bin", "checkpoint.pt", "log.jsonl"} <= set(os.listdir(out))
+    assert (out / "loss.png").stat().st_size > 5000 and {"tokenizer.json", "train.bin", "val.bin",
+                                                         "checkpoint.pt", "log.jsonl"} <= set(os.listdir(out))
     log = records(out)
-    assert [r["step"] for r in log if r["kind"] == "train"] == list(range(1, 9)) and [r["tokens"] for r in log if r["kind"] == "train"] == [64 * i for i in range(1, 9)]
+    assert [r["step"] for r in log if r["kind"] == "train"] == list(range(1, 9))
+    assert [r["tokens"] for r in log if r["kind"] == "train"] == [64 * i for i in range(1, 9)]
     vals = [r for r in log if r["kind"] == "val"]
-    assert vals[0]["step"] == 0 and vals[0]["val_loss"] == pytest.approx(math.log(300), abs=1e-4) and vals[-1]["step"] == 8 and len(vals) == 3
+    assert vals[0]["step"] == 0 and vals[0]["val_loss"] == pytest.approx(math.log(300), abs=1e-4)
+    assert vals[-1]["step"] == 8 and len(vals) == 3
     assert vals[-1]["val_loss"] < vals[0]["val_loss"]
     tok = bpe.load_tokenizer(out / "tokenizer.json")
     val = bpe.load_tokens(out / "val.bin", tok)[:300]
     nats, n = R.evaluate(M.load_model(out / "checkpoint.pt"), val, tok.eot_id)
-    assert nats / n == pytest.approx(vals[-1]["val_loss"], rel=1e-5) and R.bits_per_byte(nats, R.token_bytes(tok)[val].sum()) == pytest.approx(vals[-1]["val_bpb"], rel=1e-5)
+    assert nats / n == pytest.approx(vals[-1]["val_loss"], rel=1e-5)
+    assert R.bits_per_byte(nats,
+                           R.token_bytes(tok)[val].sum()) == pytest.approx(vals[-1]["val_bpb"], rel=1e-5)
     assert f"{vals[-1]['val_bpb']:.3f} bits/byte" in done.stdout
     again = io.StringIO()
     sys.stdout, keep = again, sys.stdout
@@ -444,12 +500,14 @@ def test_end_to_end_in_a_fresh_process(texts, tmp_path):
     finally:
         sys.stdout = keep
     assert "reusing" in again.getvalue() and "checkpoint.old.pt" in again.getvalue()
-    same_state(M.load_checkpoint(out / "checkpoint.old.pt"), state_of(out))  # another process, the same weights
+    # another process, the same weights
+    same_state(M.load_checkpoint(out / "checkpoint.old.pt"), state_of(out))
 
 
 def test_same_seed_same_log(data, tmp_path):
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
-        assert go(data, tmp_path / out, "--steps", 5, "--evals", 2, "--seed", seed, "--dropout", 0.1, "--micro_batch", 2) == 0
+        assert go(data, tmp_path / out, "--steps", 5, "--evals", 2, "--seed", seed, "--dropout", 0.1,
+                  "--micro_batch", 2) == 0
     a, b, c = (without_clock(records(tmp_path / out)) for out in "abc")
     assert a == b != c and len(a) == 5 + 3
     same_state(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
@@ -471,21 +529,26 @@ def test_two_and_two_steps_are_four(data, undisturbed, tmp_path, capsys):
     same_state(state_of(undisturbed), state_of(tmp_path))
     train = lambda out: [r for r in without_clock(records(out)) if r["kind"] == "train"]
     assert train(tmp_path) == train(undisturbed)
-    assert command("--resume", "--out", tmp_path) == 0                       # nothing left to do: the report again
+    # nothing left to do: the report again
+    assert command("--resume", "--out", tmp_path) == 0
     same_state(state_of(undisturbed), state_of(tmp_path))
     steps = [(r["kind"], r["step"]) for r in records(tmp_path)]
     assert len(set(steps)) == len(steps), steps
 
 
-@pytest.mark.parametrize("number,status,at", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 0)])
-def test_signals_save_and_say_how_to_go_on(number, status, at, data, undisturbed, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number,status,at", [(signal.SIGINT, 130, 2), (signal.SIGTERM, 143, 1),
+                                              (signal.SIGINT, 130, 4), (signal.SIGTERM, 143, 0)])
+def test_signals_save_and_say_how_to_go_on(number, status, at, data, undisturbed, tmp_path, monkeypatch,
+                                           capsys):
     out, step, validate = tmp_path / "my run", R.Run.train_step, R.Run.validate
     def signalled(run, f, due):
         if due:
             os.kill(os.getpid(), number)
         return f()
-    monkeypatch.setattr(R.Run, "train_step", lambda run: signalled(run, lambda: step(run), run.step + 1 == at))
-    monkeypatch.setattr(R.Run, "validate", lambda run, n: signalled(run, lambda: validate(run, n), at == run.step == 0))
+    monkeypatch.setattr(R.Run, "train_step", lambda run: signalled(run, lambda: step(run),
+                                                                   run.step + 1 == at))
+    monkeypatch.setattr(R.Run, "validate", lambda run, n: signalled(run, lambda: validate(run, n),
+                                                                    at == run.step == 0))
     assert go(data, out, *FOUR) == status and state_of(out)["step"] == at
     err = capsys.readouterr().err
     line = re.search(r"python train\.py (.*)", err)[1]
@@ -509,7 +572,7 @@ def test_a_second_interrupt_leaves_at_once(data, tmp_path, monkeypatch, capsys):
 
 
 def killed_while_saving(argv, call, share):
-    """train.py ARGV in a process that dies by kill -9 in its call-th save, when that share of the file is written."""
+    """train.py ARGV in a process that dies by kill -9 in that save, when that share of the file is written."""
     save, calls = torch.save, itertools.count(1)
     def dies(state, f):
         if next(calls) == call:
@@ -525,14 +588,18 @@ def killed_while_saving(argv, call, share):
 
 def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
     """With --save_minutes 0 every step saves. Killed in saves and at random moments, again and again."""
-    flags = [*map(str, ("--data", data)), *SHAPE, "--steps", "12", "--save_minutes", "0", "--evals", "3", "--dropout", "0.1"]
+    flags = [*map(str, ("--data", data)), *SHAPE, "--steps", "12", "--save_minutes", "0", "--evals", "3",
+             "--dropout", "0.1"]
     assert command(*flags, "--out", tmp_path / "calm") == 0
-    out, rng, context, kills = tmp_path / "killed", random.Random(0), multiprocessing.get_context("forkserver"), 0
+    out, rng, kills = tmp_path / "killed", random.Random(0), 0
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", __name__])
     plans = [(1, 0.5), (3, 0.0), (2, 0.99), (2, 1.0), *[None] * 40]
     for plan in plans:
-        argv = ["--resume", "--out", str(out)] if (out / "checkpoint.pt").exists() else [*flags, "--out", str(out)]
-        how = dict(target=R.run_command, args=(argv,)) if plan is None else dict(target=killed_while_saving, args=(argv, *plan))
+        argv = ["--resume", "--out",
+                str(out)] if (out / "checkpoint.pt").exists() else [*flags, "--out", str(out)]
+        how = dict(target=R.run_command,
+                   args=(argv,)) if plan is None else dict(target=killed_while_saving, args=(argv, *plan))
         process = context.Process(**how)
         process.start()
         process.join(60 if plan or kills > 9 else rng.uniform(0.2, 1.5))
@@ -565,8 +632,10 @@ def test_bad_steps_in_a_row_stop_the_run(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(M, "lm_loss", poisoned(M.lm_loss, {2, 4, 5, 6}))
     assert go(data, tmp_path, "--steps", 20, "--max_bad_steps", 3, "--lr", 0.03) == 1
     out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and "3 steps in a row" in err and "step 7" in err and re.search(r"--lr \S*\d", err) and "--clip" in err
-    assert state_of(tmp_path)["step"] == 7 and all(t.isfinite().all() for t in state_of(tmp_path)["model"].values())
+    assert err.count("\n") == 1 and "3 steps in a row" in err and "step 7" in err
+    assert re.search(r"--lr \S*\d", err) and "--clip" in err
+    assert state_of(tmp_path)["step"] == 7
+    assert all(t.isfinite().all() for t in state_of(tmp_path)["model"].values())
     monkeypatch.undo()
 
 
@@ -587,11 +656,13 @@ def test_sweep_runs_each_combination_once(data, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(R, "train", lambda s, *a, **kw: calls.append((s.lr, s.qk_norm)) or real(s, *a, **kw))
     assert go(data, tmp_path, *argv) == 0
     assert calls == [(0.01, True), (0.01, False), (0.02, True), (0.02, False)]
-    table = lambda: [re.split(r"\s{2,}", line.strip())[:4] for line in capsys.readouterr().out.partition("variant")[2].splitlines()[1:]]
+    table = lambda: [re.split(r"\s{2,}", line.strip())[:4]
+                     for line in capsys.readouterr().out.partition("variant")[2].splitlines()[1:]]
     first, path = table(), tmp_path / "sweep" / "results.jsonl"
     assert len(first) == 4 and [float(r[2]) for r in first] == sorted(float(r[2]) for r in first)
-    lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:3]) + lines[3][:40])                      # killed while writing the last result
+    lines = [line + "\n" for line in path.read_text().splitlines() if line]
+    # killed while writing the last result
+    path.write_text("".join(lines[:3]) + lines[3][:40])
     assert go(data, tmp_path, *argv) == 0 and calls[4:] == [(0.02, False)] and table() == first
     assert go(data, tmp_path, *argv) == 0 and len(calls) == 5                # all on disk
 
@@ -602,9 +673,8 @@ def test_ablations_are_valid_and_a_diverged_run_is_a_result(data, tmp_path, monk
         assert all(hasattr(s, k) or k in M.asdict(M.ModelConfig()) for k in change), label
         M.model_config(R.argparse.Namespace(**{**vars(s), **change}))
     monkeypatch.setattr(R, "ABLATIONS", [("the default", {}), ("no norm", dict(norm="none"))])
-    monkeypatch.setattr(R, "plot_many", lambda *_: None)
     def fails(s, *a, **kw):
-        if s.norm == "none" if hasattr(s, "norm") else False:
+        if getattr(s, "norm", "") == "none":
             raise FloatingPointError("3 steps in a row")
         return real(s, *a, **kw)
     real = R.train
@@ -614,7 +684,7 @@ def test_ablations_are_valid_and_a_diverged_run_is_a_result(data, tmp_path, monk
     assert "run   6/6" in out and "no norm" in out and "inf" in out
 
 
-# --- 6. the command line and bad input --------------------------------------------------------------------------
+# --- 6. the command line and bad input ----------------------------------------------------------------------
 
 def line_of(capsys, status):
     """What the user reads after a mistake: one line on stderr, status 2."""
@@ -624,28 +694,40 @@ def line_of(capsys, status):
 
 
 @pytest.mark.parametrize("flags,words", [
-    (["--learning_rate", 1], "unrecognized"), (["--steps", "many"], "many"), (["--lr", "nan"], "--lr nan"), (["--lr", -1], "--lr -1"), (["--step", 5], "unrecognized"),
-    (["--steps", 5, "--minutes", 1], "one budget"), (["--steps", 0], "one budget"), (["--minutes", -1], "--minutes -1"), (["--minutes", "inf"], "--minutes inf"),
-    (["--steps", 5, "--batch_size", 6, "--micro_batch", 4], "--batch_size 6 is not a multiple of --micro_batch 4: try --batch_size 8"),
-    (["--steps", 5, "--batch_size", 0], "--batch_size 0"), (["--steps", 5, "--noise_scale"], "--micro_batch"), (["--steps", 5, "--beta1", 1.0], "--beta1"),
-    (["--steps", 5, "--d_model", 33], "num_heads"), (["--steps", 5, "--device", "tpu"], "tpu"), (["--steps", 5, "--schedule", "linear"], "linear"),
-    (["--steps", 5, "--context_length", 1_000_000], "--context_length"), (["--steps", 5, "--sweep", "lrr=1,2"], "lrr"), (["--steps", 5, "--sweep", "lr"], "lr"),
-    (["--steps", 5, "--sweep", "d_model=33,32"], "33"), (["--steps", 5, "--preset", "huge"], "huge"), (["--steps", 5, "--corpus", "the-web"], "the-web"),
-    (["--resume"], "checkpoint.pt: make one with"), (["--steps", 5, "--tokenizer", "none.json"], "none.json")], ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "")
+    (["--learning_rate", 1], "unrecognized"), (["--steps", "many"], "many"), (["--lr", "nan"], "--lr nan"),
+    (["--lr", -1], "--lr -1"), (["--step", 5], "unrecognized"),
+    (["--steps", 5, "--minutes", 1], "one budget"), (["--steps", 0], "one budget"),
+    (["--minutes", -1], "--minutes -1"), (["--minutes", "inf"], "--minutes inf"),
+    (["--steps", 5, "--batch_size", 6, "--micro_batch", 4],
+     "--batch_size 6 is not a multiple of --micro_batch 4: try --batch_size 8"),
+    (["--steps", 5, "--batch_size", 0], "--batch_size 0"), (["--steps", 5, "--noise_scale"], "--micro_batch"),
+    (["--steps", 5, "--beta1", 1.0], "--beta1"),
+    (["--steps", 5, "--d_model", 33], "num_heads"), (["--steps", 5, "--device", "tpu"], "tpu"),
+    (["--steps", 5, "--schedule", "linear"], "linear"),
+    (["--steps", 5, "--context_length", 1_000_000], "--context_length"),
+    (["--steps", 5, "--sweep", "lrr=1,2"], "lrr"), (["--steps", 5, "--sweep", "lr"], "lr"),
+    (["--steps", 5, "--sweep", "d_model=33,32"], "33"), (["--steps", 5, "--preset", "huge"], "huge"),
+    (["--steps", 5, "--corpus", "the-web"], "the-web"),
+    (["--resume"], "checkpoint.pt: make one with"), (["--steps", 5, "--tokenizer", "none.json"],
+                                                     "none.json")], ids=lambda v: " ".join(map(str, v))
+                                                     if isinstance(v, list) else "")
 def test_bad_flags(flags, words, data, tmp_path, capsys):
     assert words in line_of(capsys, go(data, tmp_path, *flags))
 
 
 def test_a_remedy_can_be_followed(data, tmp_path, capsys):
     err = line_of(capsys, go(data, tmp_path, "--steps", 1, "--context_length", 1_000_000))
-    assert go(data, tmp_path, "--steps", 1, "--batch_size", 1, "--context_length", re.search(r"--context_length (\d+)", err)[1]) == 0
+    assert go(data, tmp_path, "--steps", 1, "--batch_size", 1, "--context_length",
+              re.search(r"--context_length (\d+)", err)[1]) == 0
 
 
 def test_bad_text(texts, tmp_path, capsys):
     good, bad = texts / "00.txt", tmp_path / "bad.txt"
-    run = lambda *flags: command("--data", bad, "--val", good, "--vocab_size", 300, "--out", tmp_path / "out", *SHAPE, "--steps", 1, *flags)
+    run = lambda *flags: command("--data", bad, "--val", good, "--vocab_size", 300, "--out", tmp_path / "out",
+                                 *SHAPE, "--steps", 1, *flags)
     assert "bad.txt" in line_of(capsys, run())                               # missing
-    for content, words in ((b"", "empty"), (b"abc\0def" * 100, "offset 3"), (b"fine \xff\xfe" * 300, "byte 5")):
+    for content, words in ((b"", "empty"), (b"abc\0def" * 100, "offset 3"),
+                           (b"fine \xff\xfe" * 300, "byte 5")):
         bad.write_bytes(content)
         err = line_of(capsys, run())
         assert "bad.txt" in err and words in err
@@ -654,7 +736,8 @@ def test_bad_text(texts, tmp_path, capsys):
     bad.write_text("some words " * 400)
     assert "100" in line_of(capsys, run("--vocab_size", 100)) and run() == 0
     (tmp_path / "empty").mkdir()
-    assert "empty" in line_of(capsys, command("--data", tmp_path / "empty", "--out", tmp_path / "o", *SHAPE, "--steps", 1))
+    assert "empty" in line_of(capsys, command("--data", tmp_path / "empty", "--out", tmp_path / "o", *SHAPE,
+                                              "--steps", 1))
 
 
 def test_a_corpus_by_name(texts, tmp_path, monkeypatch):
@@ -663,9 +746,11 @@ def test_a_corpus_by_name(texts, tmp_path, monkeypatch):
     train.write_text("".join((texts / f"{i:02}.txt").read_text() for i in range(20)))
     val.write_text((texts / "30.txt").read_text())
     monkeypatch.setattr(bpe, "fetch", lambda name, out, **kw: [train, val])
-    assert command("--corpus", "tinystories", "--vocab_size", 300, "--out", tmp_path / "out", *SHAPE, "--steps", 1) == 0
+    assert command("--corpus", "tinystories", "--vocab_size", 300, "--out", tmp_path / "out", *SHAPE,
+                   "--steps", 1) == 0
     tok = bpe.load_tokenizer(tmp_path / "out" / "tokenizer.json")
-    assert tok.decode_bytes(bpe.load_tokens(tmp_path / "out" / "val.bin", tok)[:-1]).decode() == val.read_text()
+    assert tok.decode_bytes(bpe.load_tokens(tmp_path / "out" / "val.bin",
+                                            tok)[:-1]).decode() == val.read_text()
 
 
 def test_bad_token_files(data, texts, tmp_path, capsys):
@@ -677,9 +762,10 @@ def test_bad_token_files(data, texts, tmp_path, capsys):
     (two / "val.json").write_text(json.dumps({**info, "dtype": "uint32"}))
     assert "uint32" in line_of(capsys, go(two, tmp_path / "o", "--steps", 1))
     three = fresh("tokenizer")
-    bpe.prepare(three / "other", [texts / "01.txt"], [texts / "02.txt"], vocab_size=290, num_processes=1, log=lambda *_: None)
+    bpe.prepare(three / "other", [texts / "01.txt"], [texts / "02.txt"], vocab_size=290, num_processes=1,
+                log=lambda *_: None)
     shutil.copy(three / "other" / "tokenizer.json", three / "tokenizer.json")
-    assert "made with a tokenizer" in line_of(capsys, go(three, tmp_path / "o", "--steps", 1))
+    assert "made with" in line_of(capsys, go(three, tmp_path / "o", "--steps", 1))
     (three / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in line_of(capsys, go(three, tmp_path / "o", "--steps", 1))
     (fresh("gone") / "val.bin").unlink()
@@ -695,20 +781,26 @@ class Payload:
 def test_bad_checkpoints_on_resume(data, undisturbed, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    path, resume = out / "checkpoint.pt", lambda *flags: line_of(capsys, command("--resume", "--out", out, *flags))
-    for flags, words in ((["--d_model", 64], "d_model=32, not 64"), (["--lr", 1], "lr"), (["--no-qk_norm"], "qk_norm"), (["--data", tmp_path], "data"), (["--steps", 4, "--minutes", 1], "one budget")):
+    path, resume = out / "checkpoint.pt", lambda *flags: line_of(capsys,
+                                                                 command("--resume", "--out", out, *flags))
+    for flags, words in ((["--d_model", 64], "d_model=32, not 64"), (["--lr", 1], "lr"),
+                         (["--no-qk_norm"], "qk_norm"), (["--data", tmp_path], "data"),
+                         (["--steps", 4, "--minutes", 1], "one budget")):
         assert words in resume(*flags)
     assert command("--resume", "--out", out, "--d_model", 32) == 0           # the same value is no change
     whole = path.read_bytes()
-    for content, words in ((whole[:len(whole) // 2], "truncated"), (b"", "truncated"), (pickle.dumps(Payload()), "refused")):
+    for content, words in ((whole[:len(whole) // 2], "truncated"), (b"", "truncated"),
+                           (pickle.dumps(Payload()), "refused")):
         path.write_bytes(content)
         assert words in resume() and path.read_bytes() == content
     torch.save(dict(torch.load(io.BytesIO(whole), weights_only=True), step=Payload()), path)
     assert "refused" in resume()
-    M.save_checkpoint(path, M.Transformer(M.ModelConfig(vocab_size=300, d_model=32, num_heads=2, num_layers=1)))
-    assert "no training state" in resume()
+    M.save_checkpoint(path, M.Transformer(M.ModelConfig(vocab_size=300, d_model=32, num_heads=2,
+                                                        num_layers=1)))
+    assert "no training" in resume()
     state = torch.load(io.BytesIO(whole), weights_only=True)
-    for change in (dict(tokenizer="0123"), dict(model={k: v for k, v in state["model"].items() if "wo" not in k})):
+    for change in (dict(tokenizer="0123"), dict(model={k: v for k, v in state["model"].items()
+                                                       if "wo" not in k})):
         torch.save({**state, **change}, path)
         resume()
     assert "code in a pickle ran" not in capsys.readouterr().out
@@ -727,7 +819,8 @@ def test_a_disk_full_while_saving(data, tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(torch, "save", full)
     err = line_of(capsys, command("--resume", "--out", tmp_path, "--steps", 6))
-    assert "No space left" in err and "checkpoint.pt" in err and (tmp_path / "checkpoint.pt").read_bytes() == old
+    assert "No space left" in err and "checkpoint.pt" in err
+    assert (tmp_path / "checkpoint.pt").read_bytes() == old
     monkeypatch.setattr(torch, "save", save)
     assert command("--resume", "--out", tmp_path, "--steps", 6) == 0 and state_of(tmp_path)["step"] == 6
 
@@ -743,9 +836,11 @@ def test_presets_and_docstring_commands():
         R.check(R.settings(shlex.split(line))[0])
     for action in R.make_parser()._actions:
         assert action.help, action.dest
-    assert settings("--steps", 5).minutes == 0 and R.settings([])[0].minutes > 0 and R.settings(["--preset", "gpt2", "--lr", "1"])[0].lr == 1
+    assert settings("--steps", 5).minutes == 0 and R.settings([])[0].minutes > 0
+    assert R.settings(["--preset", "gpt2", "--lr", "1"])[0].lr == 1
     plain, recipe = (M.num_params(M.ModelConfig(**M.PRESETS[n])) for n in ("tiny", "gpt2-recipe"))
-    assert abs(plain / recipe - 1) < 0.5                                     # the two recipes are compared as equals
+    # the two recipes are compared as equals
+    assert abs(plain / recipe - 1) < 0.5
 
 
 def test_help_is_printed(capsys):
