@@ -21,7 +21,12 @@ Run    python bpe.py                                              # this lecture
        python bpe.py decode --tokenizer out/tokenizer.json out/train.bin
        python bpe.py show --tokenizer out/tokenizer.json --text "Hello"
        python bpe.py prepare --out out                            # the standard library -> train.bin, val.bin
-See    SEE
+See    1  243 merges of 130 kB: naive 4.77 s | incremental 0.05 s | 94x | identical merges: True
+       2  bytes an id   English: character 1.00, byte 1.00, word 4.00 (9% unknown), BPE 2.79
+                        Chinese: character 3.00, byte 1.00, word 16.50 (100% unknown), BPE 1.00
+       3  trained on code: 3.53 on code, 3.46 on docstrings; trained on docstrings: 3.01 and 3.63
+       4  encode 7 MB/s, with all words known 15, decode 100: the Pile takes 31, 15 and 2 hours
+       5  512 ids 2.10 | 1,024 2.65 | 2,048 3.15 | 4,096 3.53 | 8,192 3.82 | 16,384 4.00
 Outline  1 the naive version   2 characters and words   3 incremental training   4 text in pieces that can
          stand alone   5 many processes   6 the tokenizer   7 tokenizer.json   8 token files   9 corpora
          10 accounting and demo   11 command line.   On a first reading: 1, 2, 3, 6 and the demo.
@@ -206,7 +211,7 @@ def merge_pairs(counts, num_merges, show=False):
         at = at[(symbol[at] == a) & (symbol[at + length[a]] == b)]
         count = int(weight[at].sum())
         heapq.heappop(heap)
-        if count < -bound:                           # it was a bound only: back into the heap with the true count
+        if count < -bound:                           # only a bound: back into the heap with the true count
             if count:
                 heapq.heappush(heap, (-count, order[a], order[b], a, b, at))
             continue
@@ -289,6 +294,7 @@ def every_second(at, step):
 # white space (what it becomes depends on the character after it).
 
 BLOCK = 1 << 20                                      # characters, or bytes, handled at a time
+PIECE = 1 << 16                                      # characters of a piece; short ones are often all ASCII
 CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}])|\p{N}(?=[^\p{N}\p{M}])|\S(?=[^\S\r\n])|\S\n(?=\S)",
                     regex.REVERSE)
 # NFC may turn a letter into letter and mark
@@ -416,8 +422,8 @@ def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
 def document_pieces(documents, cutter):
     """(piece, whether it ends a document) of documents in memory; an empty document is one empty piece."""
     for document in documents:
-        long = cutter and len(document) > BLOCK
-        parts = deque(cutter.pieces(slices(document), BLOCK) if long else [document])
+        long = cutter and len(document) > PIECE
+        parts = deque(cutter.pieces(slices(document, PIECE), PIECE) if long else [document])
         while parts:
             yield parts.popleft(), not parts
 
@@ -485,6 +491,7 @@ def _start_worker(function, args):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
+@no_gc()
 def _run_task(task):
     return _task_function(task)
 
@@ -506,8 +513,8 @@ def parallel_map(function, tasks, num_processes, *args):
         while waiting:
             yield waiting.popleft().result()
     except BrokenProcessPool:
-        raise RuntimeError(f"one of {num_processes} worker processes was killed (too little memory?); "
-                           f"try --processes 1") from None
+        raise ChildProcessError(f"one of {num_processes} worker processes was killed (too little memory?); "
+                                f"try --processes 1") from None
     finally:
         # an error or Ctrl-C: do not wait for work that nobody wants
         if waiting:
@@ -1310,7 +1317,7 @@ def parquet_to_jsonl(path, out):
     try:
         import pyarrow.parquet
     except ImportError:
-        raise RuntimeError(f"{path} is a parquet file: pip install pyarrow, then run this again") from None
+        raise ValueError(f"{path} is a parquet file: pip install pyarrow, then run this again") from None
 
     def write(f):
         with gzip.open(f, "wt", encoding="utf-8") as z:
@@ -1479,7 +1486,10 @@ def run_encode(a):
 
 def run_decode(a):
     tok = load_tokenizer(a.tokenizer)
-    ids = load_tokens(a.file, tok) if a.file else np.array(sys.stdin.read().split(), np.int64)
+    try:
+        ids = load_tokens(a.file, tok) if a.file else np.array(sys.stdin.read().split(), np.int64)
+    except OverflowError as e:
+        raise ValueError(f"an id on stdin is out of range ({e})") from None
     for block in slices(ids):
         sys.stdout.buffer.write(tok.decode_bytes(block))
 
@@ -1584,7 +1594,7 @@ def main(argv=None):
         return 130
     except BrokenPipeError:                          # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    except (ValueError, OSError, RuntimeError) as e:
+    except (ValueError, OSError) as e:
         print("bpe.py: error:", " ".join(str(e).split()), file=sys.stderr)
         return 2
     return 0

@@ -1,11 +1,12 @@
 """model.py - lectures 2-3: the Transformer language model, and what it costs.
 
-What   A function from token ids (B,T) to logits (B,T,V): logits[b,t] scores every candidate for token t+1 given
-       tokens 0..t. Inside: an embedding, L blocks of (attention, feed-forward) that each add to a residual stream
-       of D numbers a token, a last norm, and a matrix to the vocabulary.
-Why    Almost every number about training and serving follows from the shape alone. A forward pass costs two FLOPs
-       a weight and token, the backward pass twice that: 6 N D FLOPs to train N weights on D tokens. This file builds
-       the model, predicts its costs in closed form, and counts them on the real thing: the columns agree.
+What   A function from token ids (B,T) to logits (B,T,V): logits[b,t] scores every candidate for token t+1
+       given tokens 0..t. Inside: an embedding, L blocks of (attention, feed-forward) that each add to a
+       residual stream of D numbers a token, a last norm, and a matrix to the vocabulary.
+Why    Almost every number about training and serving follows from the shape alone. A forward pass costs
+       two FLOPs a weight and token, the backward pass twice that: 6 N D FLOPs to train N weights on D
+       tokens. This file builds the model, predicts its costs in closed form, and counts them on the
+       real thing: the columns agree.
 
 Equations (names as in the code)
        rms_norm(x)    = x / sqrt(mean(x^2) + eps) * gain
@@ -21,37 +22,38 @@ Run    python model.py                      # 20 s on two cores: the tables belo
 You should see (two cores, CPU)
 
 
-Outline  1 the shape: ModelConfig, PRESETS     2 functions, written plainly       3 layers
-         4 attention      5 feed-forward       6 the block and the model          -- stop here on a first reading --
-         7 generation     8 accounting         9 checkpoints     10 command line, device, plots      11 demo
+Outline  1 the shape: ModelConfig, PRESETS   2 functions, written plainly   3 layers
+         4 attention      5 feed-forward     6 the block and the model      -- stop here on a first reading --
+         7 generation     8 accounting       9 checkpoints     10 command line, device, plots      11 demo
 
 References  Vaswani et al. 2017 (Transformer), Xiong et al. 2020 (pre-norm), Zhang & Sennrich 2019 (RMSNorm),
-            Su et al. 2021 (RoPE), Shazeer 2019 (multi-query), Ainslie et al. 2023 (grouped-query), Shazeer 2020
-            (SwiGLU), Henry et al. 2020 (QK-norm), Beltagy et al. 2020 (sliding window), Gemma Team 2024
+            Su et al. 2021 (RoPE), Shazeer 2019 (multi-query), Ainslie et al. 2023 (grouped-query), Shazeer
+            2020 (SwiGLU), Henry et al. 2020 (QK-norm), Beltagy et al. 2020 (sliding window), Gemma Team 2024
             (soft-capping), Wang & Komatsuzaki 2021 (parallel block), Press & Wolf 2017 (tied embeddings).
 """
 import argparse
 import contextlib
-import json
 import math
 import os
 import pickle
 import re
+import warnings
 from dataclasses import asdict, dataclass, field, fields
 
-# Idle CPU threads sleep instead of spinning. Beside any other busy process spinning threads wait for one another: one training
-# step took 13.8 s instead of 2.6 (two cores, one of them taken). Must be set before torch loads its OpenMP.
+# Idle CPU threads sleep instead of spinning. Beside any other busy process spinning threads wait for one
+# another: one training step took 13.8 s instead of 2.6 (two cores, one of them taken). Must be set
+# before torch loads its OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Shape letters, everywhere: B batch, T query positions, S key positions, D d_model, N query heads, K key/value
-# heads, H head dim, F feed-forward, V vocabulary, L layers.
+# Shape letters, everywhere: B batch, T query positions, S key positions, D d_model, N query heads,
+# K key/value heads, H head dim, F feed-forward, V vocabulary, L layers.
 
 
-# --- 1. the shape of a model ------------------------------------------------------------------------------------
+# --- 1. the shape of a model --------------------------------------------------------------------------------
 
 def knob(default, help, choices=None):
     """A ModelConfig field with its help text: the command line of every script is made from these."""
@@ -60,18 +62,22 @@ def knob(default, help, choices=None):
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything that decides the model's parameters and its function. Each knob is declared here and nowhere else."""
+    """All that decides a model's parameters and its function. Each knob is declared here and nowhere else."""
     vocab_size: int = knob(4096, "V, ids run from 0 to V-1")
     context_length: int = knob(256, "T, the longest sequence, in tokens")
     d_model: int = knob(192, "D, the width of the residual stream")
     num_layers: int = knob(6, "L, blocks")
     num_heads: int = knob(3, "N, query heads; the head dim is H = D/N")
-    num_kv_heads: int = knob(0, "K, key/value heads: N is multi-head, 1 multi-query, between grouped; 0 means N")
-    d_ff: int = knob(0, "F, feed-forward width; 0 means 8/3 D for gated kinds, else 4 D, up to a multiple of 64")
+    num_kv_heads: int = knob(0, "K, key/value heads: N is multi-head, 1 multi-query, between grouped; "
+                                "0 means N")
+    d_ff: int = knob(0, "F, feed-forward width; 0 means 8/3 D for gated kinds, else 4 D, "
+                        "up to a multiple of 64")
     mixer: str = knob("attention", "what moves information between positions", ("attention",))
-    ffn: str = knob("swiglu", "feed-forward kind", ("swiglu", "geglu", "reglu", "silu", "gelu", "relu", "relu2"))
+    ffn: str = knob("swiglu", "feed-forward kind",
+                    ("swiglu", "geglu", "reglu", "silu", "gelu", "relu", "relu2"))
     norm: str = knob("rmsnorm", "normalisation", ("rmsnorm", "layernorm", "none"))
-    norm_position: str = knob("pre", "where the norm sits: x+f(Nx), N(x+fx), x+N(f(Nx))", ("pre", "post", "double"))
+    norm_position: str = knob("pre", "where the norm sits: x+f(Nx), N(x+fx), x+N(f(Nx))",
+                              ("pre", "post", "double"))
     norm_eps: float = knob(1e-5, "added to the mean square")
     parallel: bool = knob(False, "attention and feed-forward side by side instead of one after the other")
     position: str = knob("rope", "how positions enter", ("rope", "learned", "sinusoidal", "none"))
@@ -92,27 +98,33 @@ class ModelConfig:
                 object.__setattr__(self, f.name, float(value))             # frozen, and 10000 is a fine theta
                 continue
             if f.type is not bool and isinstance(value, bool) or not isinstance(value, f.type):
-                raise ValueError(f"{f.name}={value!r} is not of type {f.type.__name__}: give --{f.name} {f.default}")
+                raise ValueError(f"{f.name}={value!r} is not of type {f.type.__name__}: "
+                                 f"give --{f.name} {f.default}")
             if choices and value not in choices:
                 raise ValueError(f"{f.name}={value!r} is unknown: choose one of {', '.join(choices)}")
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "rope_theta", "norm_eps"):
+        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "rope_theta",
+                     "norm_eps"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive: give --{name} 1 or more"
-                                 if name != "norm_eps" else f"norm_eps={self.norm_eps} must be positive: try 1e-5")
+                                 if name != "norm_eps" else
+                                 f"norm_eps={self.norm_eps} must be positive: try 1e-5")
         for name in ("num_kv_heads", "d_ff", "window", "attn_softcap", "logit_softcap"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative: 0 is the default")
         D, N = self.d_model, self.num_heads
         if D % N:
-            raise ValueError(f"d_model={D} is not divisible by num_heads={N}: try --d_model {N * max(1, D // N)}")
+            raise ValueError(f"d_model={D} is not divisible by num_heads={N}: "
+                             f"try --d_model {N * max(1, D // N)}")
         if N % self.kv_heads:
-            raise ValueError(f"num_heads={N} is not divisible by num_kv_heads={self.kv_heads}: "
-                             f"try --num_kv_heads {max(k for k in range(1, N + 1) if N % k == 0 and k <= self.kv_heads)}")
+            raise ValueError(f"num_heads={N} is not divisible by "
+                             f"num_kv_heads={self.kv_heads}: try --num_kv_heads "
+                             f"{max(k for k in range(1, N + 1) if N % k == 0 and k <= self.kv_heads)}")
         if self.position == "rope" and self.head_dim % 2:
             raise ValueError(f"head dim d_model/num_heads={self.head_dim} is odd and RoPE turns pairs: "
                              f"try --d_model {N * (self.head_dim + 1)}")
         if self.position == "sinusoidal" and D % 2:                          # then N is odd, too
-            raise ValueError(f"d_model={D} is odd and sinusoidal positions come in pairs: try --d_model {D + N}")
+            raise ValueError(f"d_model={D} is odd and sinusoidal positions come in pairs: "
+                             f"try --d_model {D + N}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is not a probability below 1: try --dropout 0.1")
 
@@ -123,17 +135,17 @@ class ModelConfig:
 
     @property
     def ffn_dim(self):                                                                   # F
-        """A gated FFN has three matrices, a plain one two: 3 * 8/3 D * D = 2 * 4D * D, the same parameters."""
+        """A gated FFN has 3 matrices, a plain one 2: 3 * 8/3 D * D = 2 * 4D * D, the same parameters."""
         exact = self.d_model * 8 / 3 if self.gated else self.d_model * 4
         return self.d_ff or 64 * max(1, round(exact / 64))
 
 
-_gpt2 = dict(vocab_size=50257, context_length=1024, norm="layernorm", position="learned", ffn="gelu", bias="all",
-             tie_embeddings=True, init="gpt2")
+_gpt2 = dict(vocab_size=50257, context_length=1024, norm="layernorm", position="learned", ffn="gelu",
+             bias="all", tie_embeddings=True, init="gpt2")
 _llama2 = dict(vocab_size=32000, context_length=4096, init="glorot")
 PRESETS = {  # name -> ModelConfig fields. Widths near 100 x layers are the rule of thumb (Kaplan et al. 2020)
     "tiny": dict(qk_norm=True),                                                       # two CPU cores, minutes
-    "small": dict(d_model=256, num_layers=8, num_heads=4, context_length=512, qk_norm=True),  # an hour, or a GPU
+    "small": dict(d_model=256, num_layers=8, num_heads=4, context_length=512, qk_norm=True),  # 1 h, or a GPU
     "tinystories": dict(vocab_size=10000, d_model=512, d_ff=1344, num_layers=4, num_heads=16, qk_norm=True),
     "gpt2-recipe": dict(_gpt2, vocab_size=4096, context_length=256, d_model=192, num_layers=6, num_heads=3),
     "gpt2": dict(_gpt2, d_model=768, num_layers=12, num_heads=12),
@@ -145,12 +157,12 @@ PRESETS = {  # name -> ModelConfig fields. Widths near 100 x layers are the rule
 }
 
 
-# --- 2. functions, written plainly ------------------------------------------------------------------------------
-# Each says what the fused torch call computes. The layers below run the fused call; the tests hold the two equal.
+# --- 2. functions, written plainly --------------------------------------------------------------------------
+# Each says what the fused torch call computes. The layers below run that call; the tests hold the two equal.
 
 def softmax(x, dim=-1):
-    """exp(x) / sum exp(x). Adding a constant to x changes nothing, so the maximum is subtracted: exp never overflows.
-    A row that is -inf throughout (nothing may be attended to) gives zeros."""
+    """exp(x) / sum exp(x). Adding a constant to x changes nothing, so the maximum is subtracted: exp never
+    overflows. A row that is -inf throughout (nothing may be attended to) gives zeros."""
     top = x.amax(dim, keepdim=True).clamp(min=torch.finfo(x.dtype).min)      # -inf minus -inf would be NaN
     e = torch.exp(x - top)
     return e / e.sum(dim, keepdim=True).clamp(min=1)               # the maximum itself contributes exp(0) = 1
@@ -167,14 +179,15 @@ def gelu(x):
 
 
 def rms_norm(x, gain, eps=1e-5):
-    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32: bf16 squares lose the sum's low bits."""
+    """x / sqrt(mean(x^2) + eps) * gain over the last dimension, computed in fp32:
+    bf16 squares lose the sum's low bits."""
     y = x.float()
     y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)
     return (y * gain.float()).to(x.dtype)
 
 
 def layer_norm(x, gain, bias=None, eps=1e-5):
-    """(x - mean) / std * gain + bias: what RMSNorm simplifies by dropping the mean and the bias (Ba et al. 2016)."""
+    """(x - mean) / std * gain + bias (Ba et al. 2016). RMSNorm simplifies it by dropping mean and bias."""
     centred = x.float() - x.float().mean(-1, keepdim=True)
     y = rms_norm(centred, gain, eps)
     return (y if bias is None else y + bias.float()).to(x.dtype)
@@ -182,16 +195,18 @@ def layer_norm(x, gain, bias=None, eps=1e-5):
 
 def cross_entropy(logits, targets):
     """Mean over tokens of  log sum_v exp(z_v) - z_target, in nats. logits (...,V), targets (...) int64.
-    V equal logits give ln V: the loss of a model that knows nothing, and the first number to check in any run."""
+    V equal logits give ln V: the loss of a model that knows nothing, the first number to check in any run."""
     z = logits.float() - logits.float().amax(-1, keepdim=True)
     return (z.exp().sum(-1).log() - z.gather(-1, targets[..., None])[..., 0]).mean()
 
 
 def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
-    """softmax(q k^T / sqrt(H)) v.    q (...,T,H), k and v (...,S,H) -> (...,T,H).  mask (...,T,S) bool, True = may attend.
+    """softmax(q k^T / sqrt(H)) v.    q (...,T,H), k and v (...,S,H) -> (...,T,H).
+    mask (...,T,S) bool, True = may attend.
 
-    Entries of q k^T have variance H when those of q and k have variance 1; sqrt(H) brings it back to 1 so that the
-    softmax starts soft. This form writes the (T,S) matrix to memory; the fused one never does (FlashAttention).
+    Entries of q k^T have variance H when those of q and k have variance 1; sqrt(H) brings it back
+    to 1 so that the softmax starts soft. This form writes the (T,S) matrix to memory; the fused one
+    never does (FlashAttention).
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])                # (...,T,S)
     scores = soft_cap(scores, softcap)
@@ -201,7 +216,7 @@ def scaled_dot_product_attention(q, k, v, mask=None, softcap=0.0):
 
 
 def soft_cap(x, cap):
-    """cap * tanh(x / cap): close to x while |x| is far below cap, never beyond cap. cap 0 means off (Gemma 2)."""
+    """cap * tanh(x / cap): close to x while |x| is far below cap, never beyond it. 0 means off (Gemma 2)."""
     return cap * torch.tanh(x / cap) if cap else x
 
 
@@ -214,10 +229,10 @@ def attention_mask(positions, key_positions, window=0):
 def apply_rope(x, positions, theta=10000.0):
     """Rotary position embedding (Su et al. 2021).   x (...,T,H), positions (...,T) of integers -> (...,T,H).
 
-    The pair (x[2j], x[2j+1]) is one complex number, turned by the angle  position * theta^(-2j/H): the first pair by
-    one radian a token, the last almost not at all. Turning q by m and k by n leaves <q,k> a function of m - n, which
-    is all that attention sees. Norms are kept, and position 0 is the identity.
-    The pairs are neighbours (interleaved) as in the paper and Llama's own code; Hugging Face's Llama pairs j with j+H/2.
+    The pair (x[2j], x[2j+1]) is one complex number, turned by the angle  position * theta^(-2j/H): the first
+    pair by one radian a token, the last almost not at all. Turning q by m and k by n leaves <q,k> a function
+    of m - n, which is all that attention sees. Norms are kept, and position 0 is the identity.
+    The pairs are neighbours (interleaved) as in the paper and Llama's code; Hugging Face pairs j with j+H/2.
     """
     H = x.shape[-1]
     real = x if x.dtype == torch.float64 else x.float()               # bf16 positions above 256 would collide
@@ -232,16 +247,16 @@ def apply_rope(x, positions, theta=10000.0):
 attend = F.scaled_dot_product_attention
 
 
-# --- 3. layers: parameters and how they start -------------------------------------------------------------------
+# --- 3. layers: parameters and how they start ---------------------------------------------------------------
 
 class Linear(nn.Module):
-    """y = x W^T + b, W (d_out, d_in): 2 d_in d_out FLOPs a token. Most models since PaLM (2022) have no bias."""
+    """y = x W^T + b, W (d_out, d_in): 2 d_in d_out FLOPs a token. Most models since PaLM (2022) omit b."""
     def __init__(self, d_in, d_out, bias=False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(d_out, d_in))
         self.bias = nn.Parameter(torch.zeros(d_out)) if bias else None
-        # Variance 2/(d_in + d_out) keeps both the forward signal and the backward one near their size (Glorot 2010);
-        # cut at three sigma, since one huge weight takes thousands of steps to undo.
+        # Variance 2/(d_in + d_out) keeps both the forward signal and the backward one near their size
+        # (Glorot 2010); cut at three sigma, since one huge weight takes thousands of steps to undo.
         std = math.sqrt(2 / (d_in + d_out))
         nn.init.trunc_normal_(self.weight, 0, std, -3 * std, 3 * std)
 
@@ -280,7 +295,7 @@ class LayerNorm(nn.Module):
 
 
 class Identity(nn.Module):
-    """Stands where a norm would: the ablation without one, and the places that a norm position leaves empty."""
+    """Stands where a norm would: the ablation without one, and the places a norm position leaves empty."""
     def __init__(self, d=0, eps=0.0, bias=False):
         super().__init__()
 
@@ -291,20 +306,22 @@ class Identity(nn.Module):
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "none": Identity}
 
 
-# --- 4. attention: the one place where positions talk to each other ---------------------------------------------
+# --- 4. attention: the one place where positions talk to each other -----------------------------------------
 
 class KVCache:
-    """Keys and values of one layer's past, so that decoding a token costs one token. Positions are stored with them:
-    the mask is made from positions alone, so chunks of any size, and rows at different positions, need no special case."""
+    """Keys and values of one layer's past, so that decoding a token costs one token. Positions are stored
+    with them: the mask is made from positions alone, so chunks of any size, and rows at different
+    positions, need no special case."""
     def __init__(self, window=0):
         self.k = self.v = self.positions = None
         self.window = window
 
     def append(self, k, v, positions):
-        """k, v (B,K,T,H), positions (T,) or (B,T) -> past and new together. A window keeps its last keys only."""
+        """k, v (B,K,T,H), positions (T,) or (B,T) -> past and new. A window keeps its last keys only."""
         new = (k, v, positions)
         if self.k is not None:
-            new = (torch.cat((self.k, k), -2), torch.cat((self.v, v), -2), torch.cat((self.positions, positions), -1))
+            new = (torch.cat((self.k, k), -2), torch.cat((self.v, v), -2),
+                   torch.cat((self.positions, positions), -1))
         keep = slice(1 - self.window, None) if self.window > 1 else slice(None)
         if self.window == 1:                                            # the next query will see itself alone
             keep = slice(new[2].shape[-1], None)
@@ -313,7 +330,8 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped heads: N query heads share K key/value heads (K = N multi-head, 1 multi-query).
+    """Causal self-attention with grouped heads: N query heads share K key/value heads
+    (K = N multi-head, 1 multi-query).
 
     params D (N+2K) H + N H D      cache 2 K H numbers a token      FLOPs 2 params + 4 S N H a token
     """
@@ -327,15 +345,15 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(H, c.norm_eps) if c.qk_norm else Identity()
 
     def forward(self, x, positions, cache=None):
-        """x (B,T,D), positions (T,) or (B,T), cache KVCache or None -> (B,T,D).
-        Positions rise along T. Without cache, window and soft-cap the mask comes from the order alone, not from their values."""
+        """x (B,T,D), positions (T,) or (B,T), cache KVCache or None -> (B,T,D). Positions rise along T.
+        Without cache, window and soft-cap the mask comes from the order alone, not from their values."""
         c, (B, T, D) = self.c, x.shape
         N, K, H = c.num_heads, c.kv_heads, c.head_dim
         q, k, v = self.wqkv(x).view(B, T, N + 2 * K, H).split([N, K, K], 2)  # (B,T,N,H), 2 x (B,T,K,H)
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))          # (B,N,T,H), views; so y below needs no copy
         if c.position == "rope":
-            at = positions if positions.dim() == 1 else positions[:, None]   # (T,) or (B,1,T), to go with the heads
+            at = positions if positions.dim() == 1 else positions[:, None]  # (T,), or (B,1,T) for the heads
             q, k = apply_rope(q, at, c.rope_theta), apply_rope(k, at, c.rope_theta)
         key_positions = positions
         if cache is not None:
@@ -344,7 +362,7 @@ class Attention(nn.Module):
         return self.wo(y.transpose(1, 2).reshape(B, T, N * H))
 
     def attend(self, q, k, v, positions, key_positions, plain):
-        """The fused kernel where it can; without a mask when the queries are all the keys, in order (plain)."""
+        """The fused kernel where it can; with no mask when the queries are all the keys, in order (plain)."""
         c = self.c
         grouped = c.kv_heads < c.num_heads
         if plain and not c.attn_softcap and (not c.window or c.window >= q.shape[-2]):
@@ -353,14 +371,15 @@ class Attention(nn.Module):
         mask = mask if mask.dim() == 2 else mask[:, None]                    # the same for every head
         if not c.attn_softcap:
             return attend(q, k, v, attn_mask=mask, enable_gqa=grouped)
-        k, v = (t.repeat_interleave(c.num_heads // c.kv_heads, 1) for t in (k, v))  # head n reads group n // (N/K)
+        # Head n reads group n // (N/K).
+        k, v = (t.repeat_interleave(c.num_heads // c.kv_heads, 1) for t in (k, v))
         return scaled_dot_product_attention(q, k, v, mask, c.attn_softcap)  # the fused kernel has no soft-cap
 
     def make_cache(self):
         return KVCache(self.c.window)
 
 
-# --- 5. feed-forward: each position alone -----------------------------------------------------------------------
+# --- 5. feed-forward: each position alone -------------------------------------------------------------------
 
 GATES = {"swiglu": F.silu, "geglu": lambda x: F.gelu(x, approximate="tanh"), "reglu": F.relu}
 ACTIVATIONS = {"silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu,
@@ -368,8 +387,8 @@ ACTIVATIONS = {"silu": F.silu, "gelu": lambda x: F.gelu(x, approximate="tanh"), 
 
 
 class GatedFFN(nn.Module):
-    """w2(act(w1 x) * w3 x): half of the hidden layer decides how much of the other half passes. SwiGLU when act is
-    SiLU (Shazeer 2020, who attributes its success "to divine benevolence").      params 3 D F"""
+    """w2(act(w1 x) * w3 x): half of the hidden layer decides how much of the other half passes. SwiGLU when
+    act is SiLU (Shazeer 2020, who attributes its success "to divine benevolence").      params 3 D F"""
     def __init__(self, c):
         super().__init__()
         bias, self.act = c.bias == "all", GATES[c.ffn]
@@ -397,18 +416,19 @@ MIXERS = {"attention": Attention}                                            # m
 FFNS = {**dict.fromkeys(GATES, GatedFFN), **dict.fromkeys(ACTIVATIONS, FFN)}  # ffn(x) -> y
 
 
-# --- 6. the block and the model ---------------------------------------------------------------------------------
+# --- 6. the block and the model -----------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """Two branches that read the residual stream and add to it. Where the norm sits decides how well it trains:
-    pre      x + f(N x)       an unobstructed path from loss to embedding; needs a norm at the very end (the standard)
-    post     N(x + f(x))      the original Transformer: every path crosses L norms, needs warm-up and a lower rate
-    double   x + N'(f(N x))   norms around the branch, none on the stream (Gemma 2, OLMo 2)
+    """Two branches read the residual stream and add to it. Where the norm sits decides how well it trains:
+    pre     x + f(N x)      unobstructed path from loss to embedding; needs a norm at the end (the standard)
+    post    N(x + f(x))     original Transformer: every path crosses L norms, needs warm-up and a lower rate
+    double  x + N'(f(N x))  norms around the branch, none on the stream (Gemma 2, OLMo 2)
     """
     def __init__(self, c):
         super().__init__()
         def norm(*positions):
-            return NORMS[c.norm](c.d_model, c.norm_eps, c.bias == "all") if c.norm_position in positions else Identity()
+            return (NORMS[c.norm](c.d_model, c.norm_eps, c.bias == "all") if c.norm_position in positions else
+                    Identity())
         self.mixer, self.ffn, self.c = MIXERS[c.mixer](c), FFNS[c.ffn](c), c
         self.norm1, self.norm2 = norm("pre", "double"), Identity() if c.parallel else norm("pre", "double")
         self.out1, self.out2 = norm("double"), norm("double")
@@ -418,20 +438,21 @@ class Block(nn.Module):
         drop = lambda y: F.dropout(y, self.c.dropout, self.training)         # at 0 a no-op
         if self.c.parallel:             # one norm, and under tensor parallelism one all-reduce instead of two
             h = self.norm1(x)
-            return self.after2(x + drop(self.out1(self.mixer(h, positions, cache))) + drop(self.out2(self.ffn(h))))
+            return self.after2(x + drop(self.out1(self.mixer(h, positions, cache)))
+                               + drop(self.out2(self.ffn(h))))
         x = self.after1(x + drop(self.out1(self.mixer(self.norm1(x), positions, cache))))
         return self.after2(x + drop(self.out2(self.ffn(self.norm2(x)))))
 
 
 class Transformer(nn.Module):
-    """ids (B,T) int64 -> logits (B,T,V). With a cache, ids are the tokens that follow what the cache holds."""
+    """ids (B,T) int64 -> logits (B,T,V). With a cache, ids are the tokens that follow what it holds."""
     def __init__(self, config):
         super().__init__()
         self.config = c = config
         self.embedding = Embedding(c.vocab_size, c.d_model)
         self.position = Embedding(c.context_length, c.d_model) if c.position == "learned" else None
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.num_layers))
-        last = NORMS[c.norm] if c.norm_position != "post" else Identity      # a post-norm block ends in its own norm
+        last = NORMS[c.norm] if c.norm_position != "post" else Identity  # a post-norm block ends in a norm
         self.norm = last(c.d_model, c.norm_eps, c.bias == "all")
         self.head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
@@ -443,11 +464,11 @@ class Transformer(nn.Module):
         return soft_cap(self.head(self.features(ids, positions, cache)), self.config.logit_softcap)
 
     def features(self, ids, positions=None, cache=None):
-        """The stream before the output matrix, (B,T,D): what a value head, a reward model or a fused loss reads."""
+        """The stream before the output matrix, (B,T,D): for a value head, a reward model or a fused loss."""
         c, T, past = self.config, ids.shape[-1], cache.length if cache is not None else 0
         if past + T > c.context_length:
-            raise ValueError(f"{past + T} tokens do not fit context_length={c.context_length}: shorten the input, or "
-                             f"train with --context_length {past + T}")
+            raise ValueError(f"{past + T} tokens do not fit context_length={c.context_length}: "
+                             f"shorten the input, or train with --context_length {past + T}")
         if positions is None:
             positions = torch.arange(past, past + T, device=ids.device)
         x = self.embedding(ids)                                              # (B,T,D)
@@ -466,7 +487,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def make_cache(self):
-        """An empty cache for all layers: logits = model(ids, cache=cache), then model(next_ids, cache=cache), ..."""
+        """An empty cache for all layers: model(ids, cache=cache), then model(next_ids, cache=cache), ..."""
         return Cache([block.mixer.make_cache() for block in self.blocks])
 
 
@@ -477,7 +498,7 @@ class Cache:
 
 
 def sinusoids(positions, d_model):
-    """Fixed absolute positions (Vaswani et al. 2017): PE(p + k) is one linear map of PE(p), the same for every p."""
+    """Fixed absolute positions (Vaswani et al. 2017): PE(p + k) is one linear map of PE(p), whatever p is."""
     rate = 10000.0 ** (-torch.arange(0, d_model, 2, device=positions.device) / d_model)
     angle = positions[..., None] * rate                                                          # (...,T,D/2)
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)                               # (...,T,D)
@@ -487,10 +508,11 @@ def sinusoids(positions, d_model):
 def initialise(model):
     """Change the layers' own start (Glorot for Linear, N(0,1) for Embedding) where config.init asks for it.
 
-    zero   the last matrix of every branch and the output matrix start at 0: each block is the identity and the first
-           loss is exactly ln V, whatever the depth; steps can be large from the start (Zhang et al. 2019, Fixup)
-    gpt2   N(0, 0.02) everywhere, branch outputs divided by sqrt(2L) so that the stream's variance does not grow with L
-    A tied table also is the output matrix: at N(0,1) the first logits would have variance D, so it starts at 0.02.
+    zero   the last matrix of every branch and the output matrix start at 0: each block is the identity
+           and the first loss is exactly ln V, whatever the depth; steps can be large from the start
+           (Zhang et al. 2019, Fixup)
+    gpt2   N(0, 0.02) everywhere, branch outputs / sqrt(2L) so that the stream's variance does not grow with L
+    A tied table is also the output matrix: N(0,1) would give logits of variance D, so it starts at 0.02.
     """
     c = model.config
     for name, p in model.named_parameters():
@@ -506,22 +528,23 @@ def initialise(model):
 def lm_loss(logits, targets, z_loss=0.0):
     """(cross-entropy, cross-entropy + z_loss * mean(log Z)^2): report the first, minimise the second.
 
-    log Z = log sum_v exp(z_v) is free to drift, since softmax does not see it; the z term holds it near 0 (PaLM 2022).
+    log Z = log sum_v exp(z_v) may drift: softmax does not see it. The z term holds it near 0 (PaLM 2022).
     """
     logits = logits.flatten(0, -2).float()                                   # (B*T,V)
     ce = F.cross_entropy(logits, targets.flatten())
     return ce, ce + z_loss * logits.logsumexp(-1).square().mean() if z_loss else ce
 
 
-# --- stop here on a first reading -------------------------------------------------------------------------------
+# --- stop here on a first reading ---------------------------------------------------------------------------
 # You have seen the whole model. What follows is about using it and knowing what it costs.
 
 
-# --- 7. generation, naive ---------------------------------------------------------------------------------------
+# --- 7. generation, naive -----------------------------------------------------------------------------------
 
 def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
-    """logits (...,V) -> probabilities to draw from. Temperature 0 is greedy: all mass on the largest logit.
-    top_k keeps the k likeliest; top_p the smallest set whose mass reaches p (Holtzman et al. 2019), at least one."""
+    """logits (...,V) -> probabilities to draw from. Temperature 0 is greedy: all mass on the
+    largest logit. top_k keeps the k likeliest; top_p the smallest set whose mass reaches p
+    (Holtzman et al. 2019), at least one."""
     if temperature == 0:
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     probs, order = softmax(logits.float() / temperature).sort(-1, descending=True)
@@ -536,21 +559,24 @@ def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 @torch.no_grad()
 def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=(), generator=None):
-    """Continue one sequence: list of ids in, list of new ids out; ends after any id in `stop`, which is not returned.
+    """Continue one sequence: list of ids in, new ids out; ends after any id in `stop`, which is not returned.
 
-    The plain loop: each new token runs the model over the whole text again, O(T) forward passes of O(T) tokens.
-    infer.py is about doing better. Text beyond context_length is forgotten from the left.
+    The plain loop: each new token runs the model over the whole text again, O(T) forward passes of O(T)
+    tokens. infer.py is about doing better. Text beyond context_length is forgotten from the left.
     """
     if not ids:
-        raise ValueError("generate needs at least one token to start from: give the end-of-text token for a fresh text")
+        raise ValueError("generate needs at least one token to start from: "
+                         "give the end-of-text token for a fresh text")
     if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(f"temperature={temperature} (0 or more), top_p={top_p} (above 0, at most 1), top_k={top_k} (0 or more)")
+        raise ValueError(f"temperature={temperature} (0 or more), top_p={top_p} (above 0, at most 1), "
+                         f"top_k={top_k} (0 or more)")
     device, out, was_training = model.head.weight.device, [], model.training
     model.eval()
     for _ in range(max_new_tokens):
         seen = torch.tensor([(ids + out)[-model.config.context_length:]], device=device)
         probs = next_token_probs(model(seen)[0, -1], temperature, top_k, top_p)
-        token = torch.multinomial(probs.cpu(), 1, generator=generator).item()  # drawn on the CPU: the same on any device
+        # Drawn on the CPU: the same on any device.
+        token = torch.multinomial(probs.cpu(), 1, generator=generator).item()
         if token in stop:
             break
         out.append(token)
@@ -558,11 +584,13 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, st
     return out
 
 
-# --- 8. accounting: closed forms --------------------------------------------------------------------------------
+# --- 8. accounting: closed forms ----------------------------------------------------------------------------
 
 def count_params(c):
-    """{component: parameters} of a ModelConfig. Without embeddings about 12 L D^2: 4 D^2 attention + 8 D^2 FFN a layer."""
-    D, N, K, H, F_, L, V = c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim, c.num_layers, c.vocab_size
+    """{component: parameters} of a ModelConfig.
+    Without embeddings about 12 L D^2: 4 D^2 attention + 8 D^2 FFN a layer."""
+    D, N, K, H, F_, L, V = (c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim,
+                            c.num_layers, c.vocab_size)
     norm = {"rmsnorm": D, "layernorm": D * (2 if c.bias == "all" else 1), "none": 0}[c.norm]
     attention = D * (N + 2 * K) * H + N * H * D + (2 * H if c.qk_norm else 0)
     attention += {"none": 0, "qkv": (N + 2 * K) * H, "all": (N + 2 * K) * H + D}[c.bias]
@@ -580,11 +608,12 @@ def num_params(c, embeddings=True):
 
 
 def flops_per_token(c, context=None):
-    """{component: forward FLOPs a token} at `context` keys a query. A matrix product (m,n)x(n,p) is 2mnp FLOPs.
+    """{component: forward FLOPs a token} at `context` keys a query. A product (m,n)x(n,p) is 2mnp FLOPs.
 
-    scores is q k^T and the weighted sum of v: 4 S N H a layer, the only term that grows with context. Counted for all
-    S keys, as the papers do; a causal kernel may skip half. The backward pass costs twice the forward: each product
-    y = x W needs dx = dy W^T and dW = x^T dy. So training costs 3 x this, about 6 FLOPs a weight and token.
+    scores is q k^T and the weighted sum of v: 4 S N H a layer, the only term that grows with context.
+    Counted for all S keys, as the papers do; a causal kernel may skip half. The backward pass costs twice
+    the forward: each product y = x W needs dx = dy W^T and dW = x^T dy. So training costs 3 x this,
+    about 6 FLOPs a weight and token.
     """
     D, N, K, H, F_, L = c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim, c.num_layers
     S = context or c.context_length
@@ -599,28 +628,32 @@ def train_flops(c, tokens, context=None):
 
 
 def kv_bytes_per_token(c, bytes_per_number=2):
-    """What decoding must keep, and read again for every new token: 2 K H numbers a layer. A window bounds the tokens."""
+    """What decoding must keep, and read again for every new token: 2 K H numbers a layer.
+    A window bounds the tokens."""
     return 2 * c.kv_heads * c.head_dim * c.num_layers * bytes_per_number
 
 
 def optimizer_bytes(c, states=2, bytes_per_number=4):
-    """AdamW keeps two fp32 numbers a parameter, SGD with momentum (and Muon) one. Weights and gradients come on top."""
+    """AdamW keeps two fp32 numbers a parameter, SGD with momentum (and Muon) one.
+    Weights and gradients come on top."""
     return num_params(c) * states * bytes_per_number
 
 
 def activation_bytes(c, batch_size, context=None, checkpoint_blocks=False):
-    """{component: bytes} that the forward pass keeps for the backward one, in fp32: every product keeps its input.
+    """{component: bytes} the forward pass keeps for the backward one, in fp32: every product keeps its input.
 
-    Exact for the CPU's kernels without dropout, window and soft-caps (a test counts it); CUDA's fused RMSNorm and
-    attention keep D a norm and a block less. Tokens x (about 14 D + 4 F) x L + tokens x V: the last term, the logits, is
-    why small models spend more memory on the vocabulary than on the blocks. With checkpointing a block keeps its input
-    alone and runs twice: a third more FLOPs.
+    Exact for the CPU's kernels without dropout, window and soft-caps (a test counts it); CUDA's fused RMSNorm
+    and attention keep D a norm and a block less. Tokens x (about 14 D + 4 F) x L + tokens x V: the last term,
+    the logits, is why small models spend more memory on the vocabulary than on the blocks. With checkpointing
+    a block keeps its input alone and runs twice: a third more FLOPs.
     """
-    D, N, K, H, F_, L, T = c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim, c.num_layers, context or c.context_length
-    norm = {"rmsnorm": 2 * D + 1, "layernorm": D + 2, "none": 0}[c.norm]     # input, normalised (RMSNorm), 1/std (and mean)
+    D, N, K, H, F_, L, T = (c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.ffn_dim,
+                            c.num_layers, context or c.context_length)
+    # A norm: input, normalised (RMSNorm), 1/std (and mean).
+    norm = {"rmsnorm": 2 * D + 1, "layernorm": D + 2, "none": 0}[c.norm]
     qk = (N + K) * (2 * H + 1) if c.qk_norm else (N + K) * H if c.position == "rope" else 0
     attention = D + (N + 2 * K) * H + qk + N * H + N                # input, q k v, changed q k, output, log Z
-    hidden = {"relu": 1, "reglu": 3}.get(c.ffn, 4 if c.gated else 2)         # a ReLU's output tells its own derivative
+    hidden = {"relu": 1, "reglu": 3}.get(c.ffn, 4 if c.gated else 2)  # a ReLU's output tells its derivative
     block = attention + (0 if c.parallel else D) + hidden * F_ + norms_per_block(c) * norm
     rope = 2 * T * H if c.position == "rope" else 0                    # two tables of T x H/2 complex a layer
     last = (norm if c.norm_position != "post" else 0) + D + 4        # norm, the head's input, ids and targets
@@ -636,7 +669,7 @@ def norms_per_block(c):
 
 @contextlib.contextmanager
 def count_saved_bytes(model):
-    """with count_saved_bytes(model) as kept: loss = ...   ->   sum(kept.values()) bytes wait for the backward pass.
+    """with count_saved_bytes(model) as kept: loss = ...  ->  sum(kept.values()) bytes wait for backward.
     autograd hands every tensor it saves to a hook; a storage counts once, and the weights do not count."""
     kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
     alive = []                                                           # a freed address could be used again
@@ -651,13 +684,13 @@ def count_saved_bytes(model):
         yield kept
 
 
-# --- 9. checkpoints ---------------------------------------------------------------------------------------------
+# --- 9. checkpoints -----------------------------------------------------------------------------------------
 
 def save_checkpoint(out, model, optimizer=None, step=0, **extra):
     """Write {config, model, optimizer, step, ...} to a path or an open binary file.
 
-    To a path: a temporary file beside it, flushed to disk, then renamed over the old one. A crash, a full disk or a
-    kill -9 at any moment leaves either the old checkpoint or the new one, never half of one.
+    To a path: a temporary file beside it, flushed to disk, then renamed over the old one. A crash, a full
+    disk or a kill -9 at any moment leaves either the old checkpoint or the new one, never half of one.
     """
     while inner := getattr(model, "_orig_mod", getattr(model, "module", None)):
         model = inner                              # torch.compile and DistributedDataParallel wrap the module
@@ -674,15 +707,16 @@ def save_checkpoint(out, model, optimizer=None, step=0, **extra):
             os.fsync(f.fileno())                                     # on the disk, not only in the page cache
         os.replace(temporary, out)
     except (OSError, RuntimeError) as e:                           # torch reports a full disk as RuntimeError
-        raise OSError(f"could not save {out}: {first_line(e)}; what was there before is unharmed. Free some space, or "
-                      f"choose another folder with --out") from e
+        raise OSError(f"could not save {out}: {first_line(e)}; what was there before is unharmed. "
+                      f"Free some space, or choose another folder with --out") from e
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 
 def refuse_objects(value, name="checkpoint"):
-    """Raise now what load_checkpoint would refuse later: a numpy number in a log record once made every file unreadable."""
+    """Raise now what load_checkpoint would refuse later:
+    a numpy number in a log record once made every file unreadable."""
     if isinstance(value, dict):
         for k, v in value.items():
             refuse_objects(v, f"{name}[{k!r}]")
@@ -690,7 +724,8 @@ def refuse_objects(value, name="checkpoint"):
         for i, v in enumerate(value):
             refuse_objects(v, f"{name}[{i}]")
     elif not (isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, str)):
-        raise TypeError(f"{name} is a {type(value).__name__}: a checkpoint holds tensors and plain values only")
+        raise TypeError(f"{name} is a {type(value).__name__}: "
+                        f"a checkpoint holds tensors and plain values only")
 
 
 def load_checkpoint(src, device="cpu"):
@@ -701,23 +736,28 @@ def load_checkpoint(src, device="cpu"):
     """
     try:
         with open(src, "rb") if isinstance(src, (str, os.PathLike)) else contextlib.nullcontext(src) as f:
-            state = torch.load(f, map_location=device, weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # about odd files: the one line below says it
+                state = torch.load(f, map_location=device, weights_only=True)
     except FileNotFoundError:
         folder = os.path.dirname(os.fspath(src)) or "."
-        raise FileNotFoundError(f"no checkpoint at {src}: make one with  python train.py --out {folder}") from None
+        raise FileNotFoundError(f"no checkpoint at {src}: "
+                                f"make one with  python train.py --out {folder}") from None
     except (PermissionError, IsADirectoryError) as e:
         raise OSError(f"cannot read {src}: {e.strerror}") from None
     except pickle.UnpicklingError as e:
-        raise ValueError(f"{src} holds a pickled object that would run code when opened, or is damaged, and was refused "
-                         f"({first_line(e)}): a checkpoint holds tensors and plain values only") from None
+        raise ValueError(f"{src} holds a pickled object that would run code when opened, or is damaged, "
+                         f"and was refused ({first_line(e)}): "
+                         f"a checkpoint holds tensors and plain values only") from None
     except Exception as e:     # a cut or altered zip archive fails anywhere in the reader, with any exception
-        raise ValueError(f"{src} is truncated, damaged or no checkpoint ({first_line(e)}): go back to an older copy, or "
-                         f"train again") from None
+        raise ValueError(f"{src} is truncated, damaged or no checkpoint ({first_line(e)}): "
+                         f"go back to an older copy, or train again") from None
     kinds = {"config": dict, "model": dict, "step": int}
-    wrong = [k for k, kind in kinds.items() if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
+    wrong = [k for k, kind in kinds.items()
+             if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
     if wrong:
-        raise ValueError(f"{src} is a torch file but no checkpoint of this project: {', '.join(wrong)} missing or odd")
-    # Files written by hand from a compiled or wrapped module carry these prefixes in every name, in any order.
+        raise ValueError(f"{src} is a torch file but no checkpoint of this project: "
+                         f"{', '.join(wrong)} missing or odd")
+    # Files saved by hand from a compiled or wrapped module carry these prefixes in every name, in any order.
     state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model"].items()}
     return state
 
@@ -739,14 +779,15 @@ def load_weights(model, weights):
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"the checkpoint's weights do not fit its config: {' '.join(str(e).split())[:200]}") from None
+        raise ValueError(f"the checkpoint's weights do not fit its config: "
+                         f"{' '.join(str(e).split())[:200]}") from None
 
 
 def first_line(e):
     return re.sub(r"\x1b\[[0-9;]*m", "", (str(e) or type(e).__name__).strip().split("\n")[0])[:300]
 
 
-# --- 10. for every script: command line, device, tables, plots --------------------------------------------------
+# --- 10. for every script: command line, device, tables, plots ----------------------------------------------
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, exit status 2."""
@@ -757,11 +798,12 @@ class Parser(argparse.ArgumentParser):
 def cli(doc):
     class Format(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
         pass
-    return Parser(description=doc, formatter_class=Format, allow_abbrev=False, usage="%(prog)s [--flag value ...]")
+    return Parser(description=doc, formatter_class=Format, allow_abbrev=False,
+                  usage="%(prog)s [--flag value ...]")
 
 
 def add_model_flags(parser, preset="tiny"):
-    """--preset and one flag a ModelConfig field. Flags left out take the preset's value, then the dataclass default."""
+    """--preset and one flag a ModelConfig field. Flags left out take the preset's value, then the default."""
     group = parser.add_argument_group("model (every knob of ModelConfig; the preset sets what is not given)")
     group.add_argument("--preset", choices=PRESETS, default=preset, help="a named shape")
     for f in fields(ModelConfig):
@@ -771,7 +813,7 @@ def add_model_flags(parser, preset="tiny"):
 
 
 def model_config(args, **override):
-    """The parsed flags -> ModelConfig. `override` holds what the data decides, such as vocab_size; it wins."""
+    """The parsed flags -> ModelConfig. `override` is what the data decides, such as vocab_size; it wins."""
     given = {f.name: getattr(args, f.name) for f in fields(ModelConfig) if hasattr(args, f.name)}
     return ModelConfig(**{**PRESETS[args.preset], **given, **override})
 
@@ -782,7 +824,8 @@ def pick_device(name="auto"):
     if name == "auto":
         return next(d for d in have if have[d])
     if not have.get(name.split(":")[0]):
-        raise ValueError(f"--device {name} is not available here: this machine has {', '.join(d for d in have if have[d])}")
+        raise ValueError(f"--device {name} is not available here: "
+                         f"this machine has {', '.join(d for d in have if have[d])}")
     return name
 
 
@@ -791,11 +834,13 @@ def table(title, header, rows):
     width = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
     print(f"\n{title}")
     for r in [header, *rows]:
-        print("  " + "  ".join(v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(r, width))))
+        print("  " + "  ".join(v.ljust(w) if i == 0 else v.rjust(w)
+                               for i, (v, w) in enumerate(zip(r, width))))
 
 
 def pyplot():
-    """matplotlib.pyplot that draws to files, or None and one line where it is not installed: a run goes on without plots."""
+    """matplotlib.pyplot that draws to files, or None and one line where it is not installed:
+    a run goes on without plots."""
     try:
         import matplotlib
     except ImportError:
@@ -805,7 +850,7 @@ def pyplot():
     return matplotlib.pyplot
 
 
-# --- 11. demo ---------------------------------------------------------------------------------------------------
+# --- 11. demo -----------------------------------------------------------------------------------------------
 
 def demo_formulas(names, contexts=(1024, 16384, 131072)):
     """Published shapes by the formulas alone: nothing of this size is built."""
@@ -814,10 +859,13 @@ def demo_formulas(names, contexts=(1024, 16384, 131072)):
         c = ModelConfig(**PRESETS[name])
         n, flops = num_params(c), flops_per_token(c, 1024)
         scores = [flops_per_token(c, S)["scores"] / sum(flops_per_token(c, S).values()) for S in contexts]
-        rows.append([name, f"{n:,}", f"{sum(flops.values()) / 1e9:.2f}", f"{flops['ffn'] / sum(flops.values()):.1%}",
-                     *(f"{s:.1%}" for s in scores), f"{kv_bytes_per_token(c) / 1e3:.0f} kB", f"{16 * n / 1e9:.1f} GB"])
-    table("By the formulas (forward; FFN share at 1k; KV cache in bf16; training = 16 bytes a parameter with fp32 AdamW)",
-          ["model", "parameters", "GFLOPs/token", "FFN", "scores 1k", "16k", "128k", "KV/token", "training"], rows)
+        rows.append([name, f"{n:,}", f"{sum(flops.values()) / 1e9:.2f}",
+                     f"{flops['ffn'] / sum(flops.values()):.1%}", *(f"{s:.1%}" for s in scores),
+                     f"{kv_bytes_per_token(c) / 1e3:.0f} kB", f"{16 * n / 1e9:.1f} GB"])
+    table("By the formulas (forward; FFN share at 1k; KV cache in bf16; "
+          "training = 16 bytes a parameter with fp32 AdamW)",
+          ["model", "parameters", "GFLOPs/token", "FFN", "scores 1k", "16k", "128k", "KV/token", "training"],
+          rows)
 
 
 def demo_counted(c, batch_size=4):
@@ -830,7 +878,7 @@ def demo_counted(c, batch_size=4):
     x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     with count_saved_bytes(model) as kept:
         loss = lm_loss(model(x), y)[0]
-    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):    # attention as its two products
+    with FlopCounterMode(display=False) as forward, sdpa_kernel(SDPBackend.MATH):  # attention as two products
         again = lm_loss(model(x), y)[0]
     with FlopCounterMode(display=False) as backward, sdpa_kernel(SDPBackend.MATH):
         again.backward()
@@ -845,13 +893,16 @@ def demo_counted(c, batch_size=4):
     rows = [("parameters", num_params(c), sum(p.numel() for p in model.parameters())),
             ("forward FLOPs a token", per_token, forward.get_total_flops() / tokens),
             ("backward FLOPs a token", 2 * per_token, backward.get_total_flops() / tokens),
-            (f"bytes kept for backward, batch {batch_size} x {T}", sum(activation_bytes(c, batch_size).values()), sum(kept.values())),
+            (f"bytes kept for backward, batch {batch_size} x {T}",
+             sum(activation_bytes(c, batch_size).values()), sum(kept.values())),
             ("AdamW state bytes", optimizer_bytes(c), states),
             ("KV cache bytes a token, fp32", kv_bytes_per_token(c, 4), cached),
             ("first loss (ln V with init zero)", math.log(c.vocab_size), loss.item())]
     show = lambda v: f"{v:,.4f}" if v < 100 else f"{v:,.0f}"
-    table(f"This model ({json.dumps({k: v for k, v in asdict(c).items() if k in PRESETS['tiny'] or k.startswith(('d_', 'num_'))})})",
-          ["quantity", "predicted", "counted", "ratio"], [[n, show(p), show(m), f"{m / p:.4f}"] for n, p, m in rows])
+    shape = ", ".join(f"{k} {v}" for k, v in asdict(c).items() if k.startswith(("d_", "num_")))
+    table(f"This model ({shape}; {c.norm}, {c.position}, {c.ffn})",
+          ["quantity", "predicted", "counted", "ratio"],
+          [[n, show(p), show(m), f"{m / p:.4f}"] for n, p, m in rows])
 
 
 def plot_shares(path, names):
@@ -862,11 +913,13 @@ def plot_shares(path, names):
     configs = [ModelConfig(**PRESETS[n]) for n in names]
     xl, contexts = ModelConfig(**PRESETS["gpt2-xl"]), [2**i for i in range(10, 18)]
     panels = [("as the model grows (1,024 tokens)", names, [flops_per_token(c, 1024) for c in configs]),
-              ("GPT-2 XL as the context grows", [f"{S // 1024}k" for S in contexts], [flops_per_token(xl, S) for S in contexts])]
+              ("GPT-2 XL as the context grows", [f"{S // 1024}k" for S in contexts],
+               [flops_per_token(xl, S) for S in contexts])]
     fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     for ax, (title, labels, flops) in zip(axes, panels):
         bottom = [0.0] * len(flops)
-        for part, label in (("ffn", "feed-forward"), ("attention", "attention projections"), ("scores", "attention scores"), ("head", "output matrix")):
+        for part, label in (("ffn", "feed-forward"), ("attention", "attention projections"),
+                            ("scores", "attention scores"), ("head", "output matrix")):
             share = [f[part] / sum(f.values()) for f in flops]
             ax.bar(labels, share, bottom=bottom, label=label, width=0.8)
             bottom = [b + s for b, s in zip(bottom, share)]

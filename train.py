@@ -4,15 +4,15 @@ What   Reads tokens, predicts each one from those before it, and moves the weigh
        loss until the budget (minutes, steps or tokens) is spent. With no arguments the text is the Python
        standard library of this machine.
 Why    A language model is a compressor: -log2 p(text) bits are what an arithmetic coder needs to write the
-       text down. So the score is bits per byte of files that training never saw, next to gzip, bzip2 and xz on
-       the same files, and no choice of tokenizer can flatter it.
+       text down. So the score is bits per byte of files that training never saw, next to gzip, bzip2 and xz
+       on the same files, and no choice of tokenizer can flatter it.
 
 Equations (names as in the code)
        loss           = mean over tokens of -ln p(token | before)
        bits per byte  = sum of losses / ln 2 / bytes
        AdamW          m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w -= lr (m' / (sqrt(v') + eps) + decay w)
        Muon           m = mu m + g;  w -= lr (0.2 sqrt(max(rows, cols)) U V^T + decay w),  g + mu m = U S V^T
-       schedule       a line up over the warm-up, then  cosine: half a cosine down,  or  wsd: flat, then a line
+       schedule       a line up over the warm-up, then  cosine: half a cosine down  or  wsd: flat, then a line
        gradient noise B_noise = tr(covariance of one sequence's gradient) / |mean gradient|^2
        MFU            = FLOPs a token, forward and backward, x tokens/s / peak FLOP/s
 
@@ -61,10 +61,11 @@ import torch.nn.functional as F
 # Shape letters: B sequences in a micro-batch, T context length, V vocabulary. Loss in nats; GB = 1e9 bytes.
 
 
-# --- 1. optimizers --------------------------------------------------------------------------------------------
-# The ladder: SGD follows the gradient; momentum averages it over time; AdaGrad and RMSProp divide each coordinate
-# by the root of its own squared gradients (summed, or averaged); Adam does both and corrects their cold start;
-# AdamW takes weight decay out of the gradient. Muon leaves coordinates and treats a matrix as a matrix.
+# --- 1. optimizers ------------------------------------------------------------------------------------------
+# The ladder: SGD follows the gradient; momentum averages it over time; AdaGrad and RMSProp divide each
+# coordinate by the root of its own squared gradients (summed, or averaged); Adam does both and
+# corrects their cold start; AdamW takes weight decay out of the gradient. Muon leaves coordinates and
+# treats a matrix as a matrix.
 
 class SGD(torch.optim.Optimizer):
     """m = momentum m + g;  w -= lr m.      One state a weight with momentum, none without."""
@@ -84,8 +85,9 @@ class SGD(torch.optim.Optimizer):
 class AdamW(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019).      Two states a weight.
 
-    The decay pulls every weight by lr * decay * w, whatever its gradient. Together with lr it sets the size at which
-    weights settle, and so their relative step; on text read once it is not there against overfitting.
+    The decay pulls every weight by lr * decay * w, whatever its gradient. Together with lr it
+    sets the size at which weights settle, and so their relative step; on text read once it is not
+    there against overfitting.
     """
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
@@ -110,16 +112,17 @@ def adamw_update(p, state, group):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024) in groups with muon=True; AdamW elsewhere.
+    """Momentum, then the nearest orthogonal matrix (Jordan et al. 2024) in groups with muon=True, else AdamW.
 
-    A gradient matrix is dominated by a few directions. U V^T keeps the directions and gives all the same size, so
-    that rare ones learn too. Its entries have RMS 1/sqrt(max(rows, cols)); times 0.2 sqrt(max(rows, cols)) the step
-    has RMS 0.2, about AdamW's (Liu et al. 2025), and both kinds of group live with one rate and one decay. Only for
-    hidden matrices: the rows of an embedding or output matrix are separate things. One state a weight, not two.
+    A gradient matrix is dominated by a few directions. U V^T keeps the directions and gives all the same
+    size, so that rare ones learn too. Its entries have RMS 1/sqrt(max(rows, cols)); times 0.2
+    sqrt(max(rows, cols)) the step has RMS 0.2, about AdamW's (Liu et al. 2025), and both kinds of group live
+    with one rate and one decay. Only for hidden matrices: the rows of an embedding or output matrix are
+    separate things. One state a weight, not two.
     """
     def __init__(self, params, lr=1e-2, momentum=0.95, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1):
-        super().__init__(params, dict(lr=lr, momentum=momentum, betas=betas, eps=eps, weight_decay=weight_decay,
-                                      muon=False))
+        super().__init__(params, dict(lr=lr, momentum=momentum, betas=betas, eps=eps,
+                                      weight_decay=weight_decay, muon=False))
 
     @torch.no_grad()
     def step(self):
@@ -137,9 +140,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(g, steps=5):
     """g (rows, cols), or a stack of such, = U S V^T -> about U V^T, by matrix products alone (Newton-Schulz).
 
-    One step x -> a x + b x x^T x + c (x x^T)^2 x changes each singular value s into a s + b s^3 + c s^5. These
-    coefficients (Jordan et al. 2024) push fast instead of converging: after five steps, values that began between
-    0.01 and 1 lie in 0.7 .. 1.2, which trains as well as 1.   Cost: 5 (4 r^2 c + 2 r^3) FLOPs, r the short side.
+    One step x -> a x + b x x^T x + c (x x^T)^2 x changes each singular value s into a s + b s^3 + c s^5.
+    These coefficients (Jordan et al. 2024) push fast instead of converging: after five steps, values
+    that began between 0.01 and 1 lie in 0.7 .. 1.2, which trains as well as 1.   Cost:
+    5 (4 r^2 c + 2 r^3) FLOPs, r the short side.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = g.bfloat16() if g.is_cuda else g.float()           # tensor cores; CPUs are slower in bf16
@@ -158,9 +162,9 @@ def weights_with_gradient(optimizer):
 
 
 def make_optimizer(model, s):
-    """Four parameter groups; `scale` multiplies the schedule's rate. Only hidden matrices decay: a gain near 1, or an
-    embedding row that is rarely visited, should not be pulled to zero. Embeddings start at size 1 and meet their
-    token rarely: they take a rate far above that of the matrices."""
+    """Four parameter groups; `scale` multiplies the schedule's rate. Only hidden matrices decay: a gain
+    near 1, or an embedding row that is rarely visited, should not be pulled to zero. Embeddings start
+    at size 1 and meet their token rarely: they take a rate far above that of the matrices."""
     hidden, head, embeddings, vectors = [], [], [], []
     for name, p in model.named_parameters():
         kind = (vectors if p.dim() < 2 else hidden if name.startswith("blocks.") else
@@ -178,12 +182,12 @@ def make_optimizer(model, s):
     return Muon(groups, s.lr, s.momentum, (s.beta1, s.beta2), weight_decay=s.weight_decay)
 
 
-# --- 2. schedules and clipping --------------------------------------------------------------------------------
+# --- 2. schedules and clipping ------------------------------------------------------------------------------
 # A schedule maps progress 0..1 to a share of the peak rate. The last step of a run is taken at progress 1.
 
 def cosine(progress, warmup=0.02, final=0.1):
-    """A line up over `warmup`, then half a cosine down to `final`, reached exactly at 1. Its shape depends on the end:
-    a run cannot be prolonged (Loshchilov & Hutter 2017)."""
+    """A line up over `warmup`, then half a cosine down to `final`, reached exactly at 1. Its shape depends on
+    the end: a run cannot be prolonged (Loshchilov & Hutter 2017)."""
     if progress < warmup:
         return progress / warmup
     t = min(1.0, (progress - warmup) / (1 - warmup))
@@ -191,8 +195,8 @@ def cosine(progress, warmup=0.02, final=0.1):
 
 
 def wsd(progress, warmup=0.02, final=0.0, decay=0.4):
-    """Warm-up, stable, decay (Hu et al. 2024): flat, then a line to `final` over the last `decay` of the run. Any
-    checkpoint of the flat part can be decayed or trained further: the end is chosen late."""
+    """Warm-up, stable, decay (Hu et al. 2024): flat, then a line to `final` over the last `decay` of the run.
+    Any checkpoint of the flat part can be decayed or trained further: the end is chosen late."""
     if progress < warmup:
         return progress / warmup
     return 1.0 if progress < 1 - decay else final + (1 - final) * max(0.0, 1 - progress) / decay
@@ -207,42 +211,44 @@ SCHEDULES = {"wsd": wsd, "cosine": cosine, "constant": constant}
 
 @torch.no_grad()
 def clip_gradients(params, max_norm, eps=1e-6):
-    """Scale all gradients in place so that their joint l2 norm is at most max_norm; returns the norm before. One norm
-    over everything: clipping each tensor alone would turn the step (Pascanu et al. 2013)."""
+    """Scale all gradients in place so that their joint l2 norm is at most max_norm; returns the norm before.
+    One norm over everything: clipping each tensor alone would turn the step (Pascanu et al. 2013)."""
     grads = [p.grad for p in params if p.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
     scale = (max_norm / (norm + eps)).clamp(max=1.0)
     for g in grads:
-        g.mul_(scale)                                      # times 1.0 rather than a branch: a GPU need not wait
+        g.mul_(scale)  # times 1.0 rather than a branch: a GPU need not wait
     return norm
 
 
 def noise_scale(small_sq, big_sq, b_small, b_big):
-    """B_noise = tr(S)/|G|^2 from squared gradient norms at two batch sizes (McCandlish et al. 2018, appendix A).
+    """B_noise = tr(S)/|G|^2 from squared gradient norms at two batch sizes (McCandlish et al. 2018, app. A).
 
-    E|g_B|^2 = |G|^2 + tr(S)/B holds at both sizes: two equations, two unknowns, both unbiased. Their ratio is not, so
-    average the squared norms over many steps first. A batch far below B_noise wastes no data, one far above compute.
+    E|g_B|^2 = |G|^2 + tr(S)/B holds at both sizes: two equations, two unknowns, both unbiased. Their
+    ratio is not, so average the squared norms over many steps first. A batch far below B_noise wastes no
+    data, one far above compute.
     """
     signal_sq = (b_big * big_sq - b_small * small_sq) / (b_big - b_small)
     noise = (small_sq - big_sq) / (1 / b_small - 1 / b_big)
     return noise / signal_sq if signal_sq > 0 else math.inf
 
 
-# --- 3. batches: every token once an epoch --------------------------------------------------------------------
+# --- 3. batches: every token once an epoch ------------------------------------------------------------------
 
 class Batches:
     """Token file -> (x, y) of shape (B,T), y one token ahead of x, each token a target exactly once an epoch.
 
-    The file is cut into windows of T tokens, visited in an order that depends on (seed, epoch) alone; every epoch
-    starts the cut at another offset. So the whole reading state is one integer, the sequences read so far, and to
-    resume is to read on. Memory: 8 bytes a window; the tokens stay on disk (memmap).
+    The file is cut into windows of T tokens, visited in an order that depends on (seed, epoch) alone; every
+    epoch starts the cut at another offset. So the whole reading state is one integer, the sequences read so
+    far, and to resume is to read on. Memory: 8 bytes a window; the tokens stay on disk (memmap).
     """
     def __init__(self, tokens, context_length, seed=0):
         self.tokens, self.T, self.seed, self.epoch = tokens, context_length, seed, -1
-        self.windows = (len(tokens) - 1) // context_length - 1             # one less, so that every offset fits
+        self.windows = (len(tokens) - 1) // context_length - 1  # one less, so that every offset fits
         if self.windows < 1:
-            raise ValueError(f"{len(tokens):,} training tokens are fewer than two contexts of {context_length}: give "
-                             f"more text, or --context_length {max(1, (len(tokens) - 1) // 2)}")
+            raise ValueError(f"{len(tokens):,} training tokens are fewer than two contexts of "
+                             f"{context_length}: give more text, or "
+                             f"--context_length {max(1, (len(tokens) - 1) // 2)}")
 
     def __call__(self, first, batch_size, device="cpu"):
         """Sequences number first .. first + batch_size - 1 of the endless stream of epochs."""
@@ -262,10 +268,11 @@ class Batches:
         return self.tokens[start:start + self.T + 1]
 
 
-# --- 4. evaluation --------------------------------------------------------------------------------------------
+# --- 4. evaluation ------------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def evaluate(model, tokens, eot, device="cpu", autocast=contextlib.nullcontext, batch_size=16, max_tokens=None):
+def evaluate(model, tokens, eot, device="cpu", autocast=contextlib.nullcontext, batch_size=16,
+             max_tokens=None):
     """(nats summed over `tokens`, number of tokens): the length of the file in the model's code.
 
     Windows of T tokens overlap by half and score their second half: each token is predicted from at least T/2
@@ -275,7 +282,7 @@ def evaluate(model, tokens, eot, device="cpu", autocast=contextlib.nullcontext, 
     tokens = np.concatenate(([eot], tokens[:max_tokens])).astype(np.int64)
     n, half, total = len(tokens) - 1, max(1, T // 2), 0.0
     width = min(T, n)
-    # The window that starts at s scores targets s + T - half .. s + T - 1; the first window scores all of its own.
+    # The window that starts at s scores targets s + T - half .. s + T - 1; the first scores all of its own.
     starts = [0, *range(half, n - T + half, half)] if n > T else [0]
     model.eval()
     for i in range(0, len(starts), batch_size):
@@ -298,15 +305,16 @@ def bits_per_byte(nats, num_bytes):
 def token_bytes(tokenizer):
     """(V,) UTF-8 bytes of each id; 0 for special tokens, which are no part of the text."""
     special = set(tokenizer.special_tokens.values())
-    return np.array([0 if i in special else len(tokenizer.vocab.get(i, b"")) for i in range(tokenizer.vocab_size)])
+    return np.array([0 if i in special else len(tokenizer.vocab.get(i, b""))
+                     for i in range(tokenizer.vocab_size)])
 
 
-# --- 5. resources: what a run will cost -----------------------------------------------------------------------
+# --- 5. resources: what a run will cost ---------------------------------------------------------------------
 
 # Dense tensor-core FLOP/s (bf16, tf32) from NVIDIA's data sheets; the longest name that fits counts.
 PEAK_FLOPS = {"A100": (312e12, 156e12), "H100": (989.5e12, 494.7e12), "H100 PCIe": (756e12, 378e12),
-              "H200": (989.5e12, 494.7e12), "L4": (121e12, 60e12), "L40S": (362e12, 183e12),
-              "A10": (125e12, 62.5e12), "B200": (2250e12, 1100e12)}
+              "H100 NVL": (835e12, 417.5e12), "H200": (989.5e12, 494.7e12), "L4": (121e12, 60e12),
+              "L40S": (362e12, 183e12), "A10": (125e12, 62.5e12), "B200": (2250e12, 1100e12)}
 
 
 def peak_flops(device, dtype):
@@ -329,7 +337,7 @@ def matmul_flops(device, n=768, repeats=7):
 
 
 def memory_plan(c, s):
-    """{what: bytes} at the peak of a step: after the forward pass, when the gradient of the logits appears."""
+    """{what: bytes} at the peak of a step: after the forward pass, when the logits' gradient appears."""
     parts, n = M.count_params(c), M.num_params(c)
     hidden = parts["attention"] + parts["ffn"]             # Muon keeps one state for these, AdamW two for all
     states = {"sgd": n, "adamw": 2 * n, "muon": 2 * n - hidden}[s.optimizer]
@@ -350,20 +358,20 @@ def describe(c, s, device, dtype, train_tokens, tokenizer):
           f"a matrix product runs at {rate / 1e9:,.0f} GFLOP/s")
     print(f"model    {M.num_params(c):,} parameters, {M.num_params(c, False):,} without embeddings; "
           f"{flops / 1e6:,.1f} MFLOPs a training token")
-    print(f"batch    {batch:,} tok = {micro} seq x {c.context_length} x {s.batch_size // micro} accumulated;  "
-          f"data {train_tokens:,} tok, vocabulary {tokenizer.vocab_size:,}")
+    print(f"batch    {batch:,} tok = {micro} seq x {c.context_length} x {s.batch_size // micro} "
+          f"accumulated;  data {train_tokens:,} tok, vocabulary {tokenizer.vocab_size:,}")
     print(f"memory   {sum(plan.values()) / 1e9:.2f} GB predicted: "
           + ", ".join(f"{k} {v / 1e9:.2f}" for k, v in plan.items()))
-    print(f"budget   {f'{steps:,} steps' if steps else f'{s.minutes:g} min'}: about {tokens / 1e6:,.1f}M tok, "
-          f"{tokens / train_tokens:.2f} epochs, {tokens * flops / 1e12:,.0f} TFLOPs, "
+    print(f"budget   {f'{steps:,} steps' if steps else f'{s.minutes:g} min'}: about {tokens / 1e6:,.1f}M "
+          f"tok, {tokens / train_tokens:.2f} epochs, {tokens * flops / 1e12:,.0f} TFLOPs, "
           f"{tokens / expected / 60:.1f} min at half of the product's speed")
     return plan
 
 
-# --- 6. the loop ----------------------------------------------------------------------------------------------
+# --- 6. the loop --------------------------------------------------------------------------------------------
 
 class Stop:
-    """SIGINT and SIGTERM ask the loop to save and leave after the current step; a second SIGINT leaves at once."""
+    """SIGINT and SIGTERM ask the loop to save and leave after this step; a second SIGINT leaves at once."""
     signal = None
 
     def __enter__(self):
@@ -386,8 +394,9 @@ def total_steps(s, c):
 
 
 class Run:
-    """One training run: model, optimizer, reading position, clock. All of it goes into the checkpoint and comes back."""
-    POSITION = ("sequences", "elapsed", "bad_steps", "first_val", "noise")  # what moves besides weights, optimizer, step
+    """One training run: model, optimizer, reading position, clock. All of it goes through the checkpoint."""
+    # What moves besides weights, optimizer and step.
+    POSITION = ("sequences", "elapsed", "bad_steps", "first_val", "noise")
 
     def __init__(self, s, tokenizer, train_tokens, val_tokens, state=None):
         self.s, self.tokenizer, self.val = s, tokenizer, val_tokens
@@ -413,14 +422,16 @@ class Run:
         self.forward = torch.compile(self.model) if s.compile else self.model
 
     def save(self, path):
-        rng = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state()} if "cuda" in self.device else {})
+        rng = {"cpu": torch.get_rng_state()} | (
+            {"cuda": torch.cuda.get_rng_state()} if "cuda" in self.device else {})
         M.save_checkpoint(path, self.model, self.optimizer, self.step, settings=vars(self.s), rng=rng,
                           tokenizer=self.tokenizer.hash(), **{k: getattr(self, k) for k in self.POSITION})
 
     def restore(self, state):
         if state["tokenizer"] != self.tokenizer.hash():
-            raise ValueError(f"the checkpoint was trained with tokenizer {state['tokenizer']}, the token files hold "
-                             f"{self.tokenizer.hash()}: give the --data of that run, or train afresh without --resume")
+            raise ValueError(f"the checkpoint was trained with tokenizer {state['tokenizer']}, "
+                             f"the token files hold {self.tokenizer.hash()}: give the --data of that run, "
+                             f"or train afresh without --resume")
         M.load_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["rng"]["cpu"].cpu())
@@ -446,8 +457,9 @@ class Run:
         return torch.autocast("cuda", torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
 
     def gradients(self):
-        """Forward and backward over one batch, in micro-batches; leaves the mean gradient in .grad, returns the mean
-        loss. A micro-batch's loss is a mean over its own tokens: divided by their number, the sum is the batch's."""
+        """Forward and backward over one batch, in micro-batches; leaves the mean gradient in .grad,
+        returns the mean loss. A micro-batch's loss is a mean over its own tokens: divided by their number,
+        the sum is the batch's."""
         parts, total = self.s.batch_size // self.micro, 0.0
         for i in range(parts):
             x, y = self.batches(self.sequences + i * self.micro, self.micro, self.device)
@@ -462,7 +474,7 @@ class Run:
         return total
 
     def train_step(self):
-        """One optimizer step; returns the fields of the log line. A non-finite loss or gradient changes no weight."""
+        """One optimizer step -> the log line's fields. A non-finite loss or gradient changes no weight."""
         s, start = self.s, time.perf_counter()
         lr = s.lr * SCHEDULES[s.schedule](self.progress(ahead=1), s.warmup, s.final_lr)
         for group in self.optimizer.param_groups:
@@ -477,23 +489,26 @@ class Run:
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if s.noise_scale and finite:                       # running means, over the last 100 steps or so
             weight = 1 / min(self.step + 1, 100)
-            self.noise = [old + weight * (new - old) for old, new in zip(self.noise, (self.small_sq, norm**2))]
+            self.noise = [old + weight * (new - old)
+                          for old, new in zip(self.noise, (self.small_sq, norm**2))]
         self.step, self.sequences = self.step + 1, self.sequences + s.batch_size
         seconds = time.perf_counter() - start
         self.elapsed += seconds
         tok_s, peak = s.batch_size * self.config.context_length / seconds, peak_flops(self.device, self.dtype)
-        return dict(step=self.step, tokens=self.tokens, seconds=round(self.elapsed, 3), loss=loss, lr=lr, gnorm=norm,
-                    step_ms=1000 * seconds, tok_s=tok_s, mfu=self.flops * tok_s / peak if peak else None)
+        return dict(step=self.step, tokens=self.tokens, seconds=round(self.elapsed, 3), loss=loss, lr=lr,
+                    gnorm=norm, step_ms=1000 * seconds, tok_s=tok_s,
+                    mfu=self.flops * tok_s / peak if peak else None)
 
     def validate(self, max_tokens):
         """{val_loss: nats a token, val_bpb: bits a byte} on the first max_tokens held-out tokens."""
-        nats, n = evaluate(self.forward, self.val, self.tokenizer.eot_id, self.device, self.autocast, self.micro, max_tokens)
+        nats, n = evaluate(self.forward, self.val, self.tokenizer.eot_id, self.device, self.autocast,
+                           self.micro, max_tokens)
         return dict(val_loss=nats / n, val_bpb=bits_per_byte(nats, int(self.token_bytes[self.val[:n]].sum())))
 
 
 def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
-    """The whole run -> {run, val_loss, val_bpb, checkpoint, log, plan}. Every step is a line of out/log.jsonl.
-    Raises FloatingPointError after max_bad_steps, SystemExit after a signal; both leave a checkpoint to resume."""
+    """The whole run -> {run, val_loss, val_bpb, checkpoint, log, plan}. Each step is a line of out/log.jsonl.
+    Raises FloatingPointError after max_bad_steps, SystemExit after a signal; both leave a checkpoint."""
     run = Run(s, tokenizer, train_tokens, val_tokens, state)
     log_path, checkpoint = os.path.join(s.out, "log.jsonl"), os.path.join(s.out, "checkpoint.pt")
     plan = None if quiet else describe(run.config, s, run.device, run.dtype, len(train_tokens), tokenizer)
@@ -508,8 +523,8 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
             start, fields = time.perf_counter(), run.validate(max_tokens)
             run.elapsed += time.perf_counter() - start if 0 < run.progress() < 1 else 0    # inside the budget
             record("val", dict(step=run.step, tokens=run.tokens, seconds=round(run.elapsed, 3), **fields))
-            say(f"step {run.step:>6} | held out: loss {fields['val_loss']:.4f}, {fields['val_bpb']:.4f} bits/byte "
-                f"(first {min(max_tokens, len(val_tokens)):,} tok)")
+            say(f"step {run.step:>6} | held out: loss {fields['val_loss']:.4f}, {fields['val_bpb']:.4f} "
+                f"bits/byte (first {min(max_tokens, len(val_tokens)):,} tok)")
             return fields
 
         if run.first_val is None:
@@ -525,9 +540,10 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
                 say(log_line(fields, done, run))
             if run.bad_steps >= s.max_bad_steps:
                 run.save(checkpoint)
-                raise FloatingPointError(f"{run.bad_steps} steps in a row had a non-finite loss or gradient, the last at step "
-                                         f"{run.step}; {checkpoint} holds the weights of the last good step. Try --lr "
-                                         f"{s.lr / 3:g}, --clip {s.clip / 2:g}, --qk_norm or --dtype fp32")
+                raise FloatingPointError(f"{run.bad_steps} steps in a row had a non-finite loss or gradient, "
+                                         f"the last at step {run.step}; {checkpoint} holds the weights of "
+                                         f"the last good step. Try --lr {s.lr / 3:g}, --clip {s.clip / 2:g}, "
+                                         f"--qk_norm or --dtype fp32")
             if s.evals and next_eval <= done < 1:
                 next_eval += 1 / s.evals
                 evaluation(s.eval_tokens)
@@ -536,8 +552,9 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
                 run.save(checkpoint)
         if stop.signal:
             run.save(checkpoint)
-            print(f"\n{signal.Signals(stop.signal).name}: saved {checkpoint} at step {run.step}. Go on with:  python "
-                  f"train.py --resume{'' if s.out == 'out' else ' --out ' + shlex.quote(s.out)}", file=sys.stderr)
+            print(f"\n{signal.Signals(stop.signal).name}: saved {checkpoint} at step {run.step}. "
+                  f"Go on with:  python train.py --resume"
+                  f"{'' if s.out == 'out' else ' --out ' + shlex.quote(s.out)}", file=sys.stderr)
             raise SystemExit(128 + stop.signal)
         if not quiet:
             run.save(checkpoint)
@@ -549,17 +566,18 @@ def log_line(f, done, run):
     """One fixed-width line; log.jsonl has every step, the screen one every log_seconds."""
     left = run.elapsed * (1 - done) / done
     mfu = f"mfu {f['mfu']:.1%}" if f["mfu"] else "mfu n/a"
-    line = (f"step {f['step']:>6}{f'/{run.steps}' if run.steps else ''} | loss {f['loss']:7.4f} | lr {f['lr']:.2e} | "
-            f"gnorm {f['gnorm']:6.2f} | {f['step_ms']:7.1f} ms | {f['tok_s']:>9,.0f} tok/s | {mfu} | {done:4.0%}, "
-            f"{left // 60:.0f}:{left % 60:02.0f} left")
+    line = (f"step {f['step']:>6}{f'/{run.steps}' if run.steps else ''} | loss {f['loss']:7.4f} | "
+            f"lr {f['lr']:.2e} | gnorm {f['gnorm']:6.2f} | {f['step_ms']:7.1f} ms | "
+            f"{f['tok_s']:>9,.0f} tok/s | {mfu} | {done:4.0%}, {left // 60:.0f}:{left % 60:02.0f} left")
     if run.s.noise_scale:
         line += f" | noise scale {noise_scale(*run.noise, run.micro, run.s.batch_size):,.0f} seq"
     return line + (f" | SKIPPED, not finite ({run.bad_steps} in a row)" if run.bad_steps else "")
 
 
 def trim_log(path, step, finished=False):
-    """A run that resumes at `step` repeats what came after: drop those records, so that the log has each step once; a
-    finished run repeats its last evaluation. A line cut by a kill goes too. Step -1, a new run, starts a new log."""
+    """A run that resumes at `step` repeats what came after: drop those records, so that the log has
+    each step once; a finished run repeats its last evaluation. A line cut by a kill goes too. Step -1,
+    a new run, starts a new log."""
     kept = []
     if step >= 0 and os.path.exists(path):
         with open(path) as f:
@@ -572,14 +590,15 @@ def trim_log(path, step, finished=False):
         f.writelines(kept)
 
 
-# --- 7. the report --------------------------------------------------------------------------------------------
+# --- 7. the report ------------------------------------------------------------------------------------------
 
 def compressors(data, seen=b""):
-    """{name: bits per byte} of gzip, bzip2 and xz at their strongest, on the same held-out bytes as one stream. With
-    `seen`, also xz that has read the training text: what it adds for `data` after `seen`."""
+    """{name: bits per byte} of gzip, bzip2 and xz at their strongest, on the same held-out bytes as one
+    stream. With `seen`, also xz that has read the training text: what it adds for `data` after `seen`."""
     def xz(b):
         return len(lzma.compress(b, preset=9 | lzma.PRESET_EXTREME))
-    sizes = {"gzip -9": len(gzip.compress(data, 9)), "bzip2 -9": len(bz2.compress(data, 9)), "xz -9e": xz(data)}
+    sizes = {"gzip -9": len(gzip.compress(data, 9)), "bzip2 -9": len(bz2.compress(data, 9)),
+             "xz -9e": xz(data)}
     if seen:
         sizes["xz -9e, having read the training text"] = xz(seen + data) - xz(seen)
     return {name: 8 * n / max(1, len(data)) for name, n in sizes.items()}
@@ -595,14 +614,15 @@ def report(s, result, tokenizer, train_tokens, val_tokens):
     others = compressors(text(held_out), text(train_tokens[:20_000_000]) if long_run else b"")
     rows = [["at the start", f"{first['val_loss']:.4f}", f"{first['val_bpb']:.3f}"],
             ["at the end", f"{result['val_loss']:.4f}", f"{result['val_bpb']:.3f}"],
-            [f"ln V for V = {tokenizer.vocab_size:,}: knowing nothing", f"{math.log(tokenizer.vocab_size):.4f}", ""],
+            [f"ln V for V = {tokenizer.vocab_size:,}: knowing nothing",
+             f"{math.log(tokenizer.vocab_size):.4f}", ""],
             *[[name, "", f"{bpb:.3f}"] for name, bpb in others.items()]]
     M.table(f"Held-out text, {len(held_out):,} tokens, {run.token_bytes[held_out].sum():,} bytes",
             ["", "loss, nats/token", "bits/byte"], rows)
     better = [name for name, bpb in others.items() if bpb <= result["val_bpb"]]
     print(f"  {result['val_bpb']:.3f} bits/byte: " + (
-        f"not yet below {', '.join(better)}; train longer: --minutes {max(1, run.elapsed / 30):.0f}" if better else
-        "below every compressor"))
+        f"not yet below {', '.join(better)}; train longer: --minutes {max(1, run.elapsed / 30):.0f}"
+        if better else "below every compressor"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if "cuda" in run.device:
         peak = torch.cuda.max_memory_allocated()
@@ -611,42 +631,46 @@ def report(s, result, tokenizer, train_tokens, val_tokens):
           f"{run.tokens / seconds:,.0f} tok/s, {run.flops * run.tokens / seconds / 1e9:,.0f} GFLOP/s; memory "
           f"{sum(result['plan'].values()) / 1e9:.2f} GB predicted, process peak {peak / 1e9:.2f} GB")
     plot(os.path.join(s.out, "loss.png"), result["log"], run, others)
-    ids = M.generate(run.model, [tokenizer.eot_id, *tokenizer.encode(s.prompt, allowed_special=())], s.sample_tokens,
-                     temperature=0.8, top_p=0.95, stop=(tokenizer.eot_id,),
+    ids = M.generate(run.model, [tokenizer.eot_id, *tokenizer.encode(s.prompt, allowed_special=())],
+                     s.sample_tokens, temperature=0.8, top_p=0.95, stop=(tokenizer.eot_id,),
                      generator=torch.Generator().manual_seed(s.seed))
-    print(f"\nSample (temperature 0.8, top_p 0.95) after the prompt {s.prompt!r}:\n\n{s.prompt}{tokenizer.decode(ids)}\n")
+    print(f"\nSample (temperature 0.8, top_p 0.95) after the prompt {s.prompt!r}:\n\n"
+          f"{s.prompt}{tokenizer.decode(ids)}\n")
     print(f"saved {result['checkpoint']}, {result['log']}, {os.path.join(s.out, 'loss.png')}")
 
 
 def plot(path, log_path, run, others):
-    """Bits per byte against tokens read: training text (smoothed), held-out text, and the compressors as lines."""
+    """Bits per byte against tokens read: training text (smoothed), held-out text, compressors as lines."""
     plt = M.pyplot()
     if plt is None:
         return
     with open(log_path) as f:
         records = [json.loads(line) for line in f]
-    scale = run.first_val["val_bpb"] / run.first_val["val_loss"]           # nats a token -> bits a byte, on this text
+    scale = run.first_val["val_bpb"] / run.first_val["val_loss"]  # nats a token -> bits a byte, on this text
     steps = [r for r in records if r["kind"] == "train" and math.isfinite(r["loss"])]
     width = max(1, len(steps) // 50)
-    smooth = [scale * statistics.fmean(r["loss"] for r in steps[max(0, i - width):i + 1]) for i in range(len(steps))]
+    smooth = [scale * statistics.fmean(r["loss"] for r in steps[max(0, i - width):i + 1])
+              for i in range(len(steps))]
     val = [r for r in records if r["kind"] == "val"]
     fig, ax = plt.subplots(figsize=(8, 4.5))
     ax.plot([r["tokens"] / 1e6 for r in steps], smooth, lw=1, label="model, training text")
-    ax.plot([r["tokens"] / 1e6 for r in val], [r["val_bpb"] for r in val], "o-", ms=4, label="model, held-out text")
+    ax.plot([r["tokens"] / 1e6 for r in val], [r["val_bpb"] for r in val], "o-", ms=4,
+            label="model, held-out text")
     for i, (name, bpb) in enumerate(others.items()):
         ax.axhline(bpb, ls="--", lw=1, color=f"C{i + 2}", label=f"{name}: {bpb:.2f}")
-    ax.set(xlabel="million tokens read", ylabel="bits per byte", ylim=(min([*others.values(), val[-1]["val_bpb"]]) - 0.2, 4))
+    ax.set(xlabel="million tokens read", ylabel="bits per byte",
+           ylim=(min([*others.values(), val[-1]["val_bpb"]]) - 0.2, 4))
     ax.legend()
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     plt.close(fig)
 
 
-# --- 8. many runs: sweeps and ablations -----------------------------------------------------------------------
+# --- 8. many runs: sweeps and ablations ---------------------------------------------------------------------
 
 def run_many(name, variants, seeds, s, data):
-    """[(label, {flag: value})] -> {label: [one record a seed]}. Every finished run is a line of out/NAME/results.jsonl; a
-    second call with the same settings reads it there."""
+    """[(label, {flag: value})] -> {label: [one record a seed]}. Every finished run is a line of
+    out/NAME/results.jsonl; a second call with the same settings reads it there."""
     folder = os.path.join(s.out, name)
     os.makedirs(folder, exist_ok=True)
     path, done = os.path.join(folder, "results.jsonl"), {}
@@ -659,18 +683,19 @@ def run_many(name, variants, seeds, s, data):
     jobs = [(label, change, seed) for seed in seeds for label, change in variants]
     results, start, fresh = {}, time.perf_counter(), 0
     for i, (label, change, seed) in enumerate(jobs):
-        changed = argparse.Namespace(**{**vars(s), **change, "seed": seed, "out": os.path.join(folder, f"{i}")})
+        changed = argparse.Namespace(**{**vars(s), **change, "seed": seed,
+                                        "out": os.path.join(folder, f"{i}")})
         ignored = ("out", "sweep", "resume", "ablate")
         key = json.dumps({k: v for k, v in vars(changed).items() if k not in ignored}, sort_keys=True)
         if key not in done:
             fresh += 1
             done[key] = dict(key=key, **one_of_many(changed, data))
             with open(path, "a") as f:
-                f.write("\n" + json.dumps(done[key]) + "\n")               # a fresh line, even after one that was cut
+                f.write("\n" + json.dumps(done[key]) + "\n")  # a fresh line, even after one that was cut
         r = done[key]
         left = (time.perf_counter() - start) / max(1, fresh) * (len(jobs) - i - 1)
-        print(f"  run {i + 1:>3}/{len(jobs)} | {label:<28} | seed {seed} | {r['bpb']:.4f} bits/byte | {r['seconds']:4.0f} s "
-              f"| at most {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
+        print(f"  run {i + 1:>3}/{len(jobs)} | {label:<28} | seed {seed} | {r['bpb']:.4f} bits/byte | "
+              f"{r['seconds']:4.0f} s | at most {left // 60:.0f}:{left % 60:02.0f} left", flush=True)
         results.setdefault(label, []).append(r)
     return results
 
@@ -682,8 +707,8 @@ def one_of_many(s, data):
         r = train(s, *data, quiet=True)
     except FloatingPointError:
         return dict(bpb=math.inf, loss=math.inf, seconds=0.0, params=0, log=None)
-    return dict(bpb=r["val_bpb"], loss=r["val_loss"], seconds=r["run"].elapsed, params=M.num_params(r["run"].config),
-                log=r["log"])
+    return dict(bpb=r["val_bpb"], loss=r["val_loss"], seconds=r["run"].elapsed,
+                params=M.num_params(r["run"].config), log=r["log"])
 
 
 def results_table(title, results):
@@ -693,8 +718,9 @@ def results_table(title, results):
     first, rows = next(iter(results)), []
     for label, runs in results.items():
         values = [r["bpb"] for r in runs]
-        rows.append([label, f"{runs[0]['params']:,}", f"{mean(label, 'bpb'):.4f}", f"{max(values) - min(values):.4f}",
-                     f"{mean(label, 'bpb') - mean(first, 'bpb'):+.4f}", f"{mean(label, 'seconds'):.0f}"])
+        rows.append([label, f"{runs[0]['params']:,}", f"{mean(label, 'bpb'):.4f}",
+                     f"{max(values) - min(values):.4f}", f"{mean(label, 'bpb') - mean(first, 'bpb'):+.4f}",
+                     f"{mean(label, 'seconds'):.0f}"])
     M.table(title, ["variant", "parameters", "bits/byte", "max - min", "against the first", "seconds"], rows)
 
 
@@ -708,11 +734,12 @@ def sweep(s, data):
     grid = [dict(zip(names, combination)) for combination in itertools.product(*values)]
     variants = [(" ".join(f"{k}={v}" for k, v in change.items()), change) for change in grid]
     results = run_many("sweep", variants, [s.seed], s, data)
-    results_table(f"Sweep over {' x '.join(names)}", dict(sorted(results.items(), key=lambda r: r[1][0]["bpb"])))
+    results_table(f"Sweep over {' x '.join(names)}",
+                  dict(sorted(results.items(), key=lambda r: r[1][0]["bpb"])))
 
 
-# The lecture's ablations, all at equal tokens, each against the first. Where a change moves the best learning rate, the
-# variant brings its own, the best of a --sweep in factors of two.
+# The lecture's ablations, all at equal tokens, each against the first. Where a change moves the best learning
+# rate, the variant brings its own, the best of a --sweep in factors of two.
 ABLATIONS = [
     ("the default", {}),
     ("no norm", dict(norm="none")),
@@ -744,7 +771,8 @@ def ablate(s, data):
                 with open(r["log"]) as f:
                     curves.append([v for v in map(json.loads, f) if v["kind"] == "val" and v["tokens"]])
         if curves:
-            ax.plot([v["tokens"] / 1e6 for v in curves[0]], [statistics.fmean(v["val_bpb"] for v in at) for at in zip(*curves)],
+            ax.plot([v["tokens"] / 1e6 for v in curves[0]],
+                    [statistics.fmean(v["val_bpb"] for v in at) for at in zip(*curves)],
                     ("o-", "s--", "^:")[i // 10 % 3], ms=3, label=label)
     ax.set(xlabel="million tokens read", ylabel="bits per byte, held out (mean over seeds)")
     ax.legend(fontsize=8)
@@ -753,7 +781,7 @@ def ablate(s, data):
     print(f"saved {os.path.join(s.out, 'ablate.png')}")
 
 
-# --- 9. the command line --------------------------------------------------------------------------------------
+# --- 9. the command line ------------------------------------------------------------------------------------
 
 TRAINING = {  # what a preset of model.py changes here; a typed flag beats it
     "tiny": dict(minutes=3.0),
@@ -761,10 +789,11 @@ TRAINING = {  # what a preset of model.py changes here; a typed flag beats it
     "tinystories": dict(tokens=327_680_000, batch_size=128),
     "gpt2-recipe": dict(minutes=3.0, optimizer="adamw", schedule="cosine", lr=1e-3, final_lr=0.1, head_lr=1.0,
                         embedding_lr=1.0),
-    "gpt2": dict(tokens=10_000_000_000, batch_size=480, micro_batch=12, optimizer="adamw", schedule="cosine", lr=6e-4,
-                 final_lr=0.1, head_lr=1.0, embedding_lr=1.0),
+    "gpt2": dict(tokens=10_000_000_000, batch_size=480, micro_batch=12, optimizer="adamw", schedule="cosine",
+                 lr=6e-4, final_lr=0.1, head_lr=1.0, embedding_lr=1.0),
 }
-ABLATION = dict(num_layers=3, tokens=300_000, minutes=0.0, val_tokens=40_000, evals=5)   # what --ablate changes
+# What --ablate changes.
+ABLATION = dict(num_layers=3, tokens=300_000, minutes=0.0, val_tokens=40_000, evals=5)
 
 
 def make_parser():
@@ -775,9 +804,11 @@ def make_parser():
     mode("--ablate", action="store_true", help="train the lecture's ablations, three seeds each")
     mode("--sweep", nargs="+", metavar="FLAG=V1,V2", help="train every combination of these values")
     data = p.add_argument_group("data").add_argument
-    data("--data", nargs="+", metavar="PATH", help="text files or folders, or one folder with train.bin, val.bin and "
-         "tokenizer.json; without it the Python standard library")
-    data("--val", nargs="+", metavar="PATH", help="held-out text; without it a fixed 5%% of the files of --data")
+    data("--data", nargs="+", metavar="PATH",
+         help="text files or folders, or one folder with train.bin, val.bin and tokenizer.json; "
+              "without it the Python standard library")
+    data("--val", nargs="+", metavar="PATH",
+         help="held-out text; without it a fixed 5%% of the files of --data")
     data("--corpus", help="a public corpus, fetched once: tinyshakespeare, tinystories, owt, fineweb-edu")
     data("--tokenizer", metavar="PATH", help="a tokenizer.json to use; without it one is trained on the data")
     data("--errors", choices=("strict", "replace"), default="strict", help="what to do with invalid UTF-8")
@@ -788,8 +819,10 @@ def make_parser():
     budget("--tokens", type=int, default=0, help="training tokens")
     o = p.add_argument_group("optimization").add_argument
     o("--batch_size", type=int, default=16, help="sequences per optimizer step")
-    o("--micro_batch", type=int, default=0, help="sequences at a time, accumulated to batch_size; 0: all at once")
-    o("--optimizer", choices=("muon", "adamw", "sgd"), default="muon", help="muon: AdamW for all but hidden matrices")
+    o("--micro_batch", type=int, default=0,
+      help="sequences at a time, accumulated to batch_size; 0: all at once")
+    o("--optimizer", choices=("muon", "adamw", "sgd"), default="muon",
+      help="muon: AdamW for all but hidden matrices")
     o("--lr", type=float, default=0.02, help="peak learning rate")
     o("--head_lr", type=float, default=0.5, help="factor on lr for the output matrix")
     o("--embedding_lr", type=float, default=30.0, help="factor on lr for the embeddings")
@@ -803,12 +836,16 @@ def make_parser():
     o("--clip", type=float, default=1.0, help="largest l2 norm of all gradients together")
     o("--z_loss", type=float, default=0.0, help="weight of mean (log Z)^2 in the objective")
     o("--max_bad_steps", type=int, default=10, help="non-finite steps in a row before giving up")
-    o("--noise_scale", action=switch, default=False, help="estimate the gradient noise scale (needs --micro_batch)")
+    o("--noise_scale", action=switch, default=False,
+      help="estimate the gradient noise scale (needs --micro_batch)")
     r = p.add_argument_group("running").add_argument
     r("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
-    r("--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="of matrix products; auto: bf16 on a GPU")
-    r("--compile", action=switch, default=False, help="torch.compile: a minute to start, faster steps on a GPU")
-    r("--checkpoint_blocks", action=switch, default=False, help="recompute blocks in backward: memory for time")
+    r("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
+      help="of matrix products; auto: bf16 on a GPU")
+    r("--compile", action=switch, default=False,
+      help="torch.compile: a minute to start, faster steps on a GPU")
+    r("--checkpoint_blocks", action=switch, default=False,
+      help="recompute blocks in backward: memory for time")
     r("--threads", type=int, default=0, help="CPU threads; 0: one a core")
     r("--seed", type=int, default=0, help="of weights, data order and samples")
     r("--evals", type=int, default=8, help="evaluations during the run")
@@ -826,12 +863,13 @@ BUDGETS = ("minutes", "steps", "tokens")
 
 
 def settings(argv=None, parser=None):
-    """Command line -> (every setting, those that were typed). Typed flags beat the preset, the preset the defaults."""
+    """Command line -> (all settings, those typed). Typed flags beat the preset, the preset the defaults."""
     parser, unset = parser or make_parser(), object()
     known = {a.dest: a.default for a in parser._actions if a.dest != "help"}
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(known, unset)))
     typed = {k: v for k, v in vars(given).items() if v is not unset}
-    preset = {**TRAINING.get(typed.get("preset", known["preset"]), {}), **(ABLATION if typed.get("ablate") else {})}
+    preset = {**TRAINING.get(typed.get("preset", known["preset"]), {}),
+              **(ABLATION if typed.get("ablate") else {})}
     if any(k in typed for k in BUDGETS):                   # a typed budget replaces the preset's
         preset.update(dict.fromkeys(BUDGETS, 0))
     defaults = {k: v for k, v in known.items() if v != argparse.SUPPRESS}
@@ -848,11 +886,11 @@ def check(s):
     """Values that argparse cannot judge alone."""
     budgets = [k for k in BUDGETS if getattr(s, k)]
     if len(budgets) != 1:
-        raise ValueError(f"give one budget, not {len(budgets)} ({', '.join(budgets) or 'none'}): --minutes 3, --steps "
-                         f"1000 or --tokens 1000000")
-    least = dict(minutes=0, steps=0, tokens=0, batch_size=1, micro_batch=0, lr=0, head_lr=0, embedding_lr=0, clip=0,
-                 eval_tokens=1, val_tokens=2, weight_decay=0, evals=0, save_minutes=0, max_bad_steps=1, threads=0,
-                 sample_tokens=0, z_loss=0, log_seconds=0, seed=0)
+        raise ValueError(f"give one budget, not {len(budgets)} ({', '.join(budgets) or 'none'}): "
+                         f"--minutes 3, --steps 1000 or --tokens 1000000")
+    least = dict(minutes=0, steps=0, tokens=0, batch_size=1, micro_batch=0, lr=0, head_lr=0, embedding_lr=0,
+                 clip=0, eval_tokens=1, val_tokens=2, weight_decay=0, evals=0, save_minutes=0,
+                 max_bad_steps=1, threads=0, sample_tokens=0, z_loss=0, log_seconds=0, seed=0)
     for name, low in least.items():
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} {getattr(s, name)} is out of range: {low} or more")
@@ -863,34 +901,36 @@ def check(s):
         raise ValueError(f"--batch_size {s.batch_size} is not a multiple of --micro_batch {s.micro_batch}: "
                          f"try --batch_size {s.micro_batch * max(1, round(s.batch_size / s.micro_batch))}")
     if s.noise_scale and s.micro_batch in (0, s.batch_size):
-        raise ValueError("--noise_scale compares a micro-batch with the batch: give --micro_batch a divisor of "
-                         f"--batch_size {s.batch_size}, such as {max(1, s.batch_size // 4)}")
+        raise ValueError("--noise_scale compares a micro-batch with the batch: give --micro_batch a "
+                         f"divisor of --batch_size {s.batch_size}, such as {max(1, s.batch_size // 4)}")
     if s.corpus and s.data:
         raise ValueError(f"--corpus {s.corpus} and --data {' '.join(s.data)} are two sources: give one")
 
 
-FREE_ON_RESUME = {"resume", "out", "device", "threads", "evals", "eval_tokens", "val_tokens", "save_minutes", "prompt",
-                  "log_seconds", "sample_tokens", "compile", "max_bad_steps", *BUDGETS}
+FREE_ON_RESUME = {"resume", "out", "device", "threads", "evals", "eval_tokens", "val_tokens", "save_minutes",
+                  "prompt", "log_seconds", "sample_tokens", "compile", "max_bad_steps", *BUDGETS}
 
 
 def resume_settings(s, typed):
-    """The settings of the run in s.out, with the typed ones among those that may change -> (settings, checkpoint)."""
+    """The settings of the run in s.out, with the typed ones that may change -> (settings, checkpoint)."""
     path = os.path.join(s.out, "checkpoint.pt")
     state = M.load_checkpoint(path)
     before = state.get("settings")
     if not before:
-        raise ValueError(f"{path} holds weights but no training run to resume: use it with infer.py, or train afresh")
+        raise ValueError(f"{path} holds weights but no training run to resume: "
+                         f"use it with infer.py, or train afresh")
     for k, v in typed.items():
         if k not in FREE_ON_RESUME and before.get(k) != v:
-            raise ValueError(f"{path} was made with {k}={before.get(k)}, not {v}: drop --{k} to resume it, or drop "
-                             f"--resume to start afresh")
+            raise ValueError(f"{path} was made with {k}={before.get(k)}, not {v}: "
+                             f"drop --{k} to resume it, or drop --resume to start afresh")
     if any(k in typed for k in BUDGETS):
         before = {**before, **dict.fromkeys(BUDGETS, 0)}
     return argparse.Namespace(**{**before, **typed, "resume": True, "out": s.out}), state
 
 
 def open_data(s):
-    """-> (tokenizer, train tokens, held-out tokens). Text is tokenised once; bpe.prepare says when it reuses a file."""
+    """-> (tokenizer, train tokens, held-out tokens).
+    Text is tokenised once; bpe.prepare says when it reuses a file."""
     config = M.model_config(s)                             # a bad knob shows before long work
     folder = s.out
     if s.data and len(s.data) == 1 and os.path.exists(os.path.join(s.data[0], "train.bin")):
@@ -899,19 +939,22 @@ def open_data(s):
     else:
         text, held_out = s.data, s.val
         if s.corpus:
-            files = bpe.fetch(s.corpus, s.out, progress=True)              # training text, then held-out text if there is
+            files = bpe.fetch(s.corpus, s.out, progress=True)  # training text, then held-out text if there is
             text, held_out = files[:1], held_out or files[1:] or None
         tokenizer = bpe.prepare(s.out, text, held_out, vocab_size=config.vocab_size, errors=s.errors,
                                 tokenizer=s.tokenizer)["tokenizer"]
-    train_tokens, val_tokens = (bpe.load_tokens(os.path.join(folder, f"{part}.bin"), tokenizer) for part in ("train", "val"))
+    train_tokens, val_tokens = (bpe.load_tokens(os.path.join(folder, f"{part}.bin"), tokenizer)
+                                for part in ("train", "val"))
     if len(val_tokens) < 2:
-        raise ValueError(f"{os.path.join(folder, 'val.bin')} holds {len(val_tokens)} tokens: give held-out text with --val")
+        raise ValueError(f"{os.path.join(folder, 'val.bin')} holds {len(val_tokens)} tokens: "
+                         f"give held-out text with --val")
     return tokenizer, train_tokens, val_tokens
 
 
 def keep_freed_memory():
-    """On Linux, tell malloc not to hand large freed blocks back to the system: every step asks for the same ones again,
-    and a fresh page costs a fault. 40,000 faults a step became 2,000; 5% of a small model's time on one core."""
+    """On Linux, tell malloc not to hand large freed blocks back to the system: every step asks for the
+    same ones again, and a fresh page costs a fault. 40,000 faults a step became 2,000; 5% of a small
+    model's time on one core."""
     with contextlib.suppress(OSError, AttributeError):     # another C library: nothing lost
         libc, largest = ctypes.CDLL(None), 2**31 - 1
         libc.mallopt(-3, largest)                          # M_MMAP_THRESHOLD

@@ -1,14 +1,15 @@
 """bench_train.py - is the training loop fast, and is the default recipe good?
 
-Run    python tests/bench_train.py speed               # 2 minutes: tokens/s, ours | plain torch.nn | transformers
-       python tests/bench_train.py recipe --minutes 4  # 30 minutes: the default recipe against GPT-2's, both tuned
+Run    python tests/bench_train.py speed               # 2 min: tokens/s, ours | plain torch.nn | transformers
+       python tests/bench_train.py recipe --minutes 4  # 30 min: default recipe against GPT-2's, both tuned
        python tests/bench_train.py                     # both
 
-speed   One training step (forward, backward, torch's AdamW) of the same Llama-shaped model, fp32, eager, the same threads.
-        The three take turns, so that a noisy machine disturbs all alike; the table has medians.
-recipe  `--preset gpt2-recipe` (LayerNorm, learned positions, GELU 4x, biases, tied, AdamW, cosine: nanoGPT's) trains for M
-        minutes at several learning rates; the best is the mark. The default recipe, at the same number of parameters, gets
-        M/2 and M/3 minutes, also at several rates. Same tokens files, same held-out text, same clock.
+speed   One training step (forward, backward, torch's AdamW) of the same Llama-shaped model, fp32, eager, the
+        same threads. The three take turns, so that a noisy machine disturbs all alike; the table has medians.
+recipe  `--preset gpt2-recipe` (LayerNorm, learned positions, GELU 4x, biases, tied, AdamW, cosine: nanoGPT's)
+        trains for M minutes at several learning rates; the best is the mark. The default recipe, at the same
+        number of parameters, gets M/2 and M/3 minutes, also at several rates. Same tokens files, same
+        held-out text, same clock.
 """
 import argparse
 import os
@@ -50,7 +51,8 @@ class PlainLlama(nn.Module):
         super().__init__()
         H = c.head_dim
         self.embedding = nn.Embedding(c.vocab_size, c.d_model)
-        self.blocks = nn.ModuleList(self.Block(c.d_model, c.num_heads, c.ffn_dim) for _ in range(c.num_layers))
+        self.blocks = nn.ModuleList(self.Block(c.d_model, c.num_heads, c.ffn_dim)
+                                    for _ in range(c.num_layers))
         self.norm, self.head = nn.RMSNorm(c.d_model, 1e-5), nn.Linear(c.d_model, c.vocab_size, bias=False)
         angle = torch.arange(c.context_length)[:, None] * c.rope_theta ** (-torch.arange(0, H, 2) / H)
         self.register_buffer("cos", torch.cat((angle, angle), -1).cos(), persistent=False)
@@ -66,8 +68,9 @@ class PlainLlama(nn.Module):
 def transformers_llama(c):
     from transformers import LlamaConfig, LlamaForCausalLM
     peer = LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads,
-        intermediate_size=c.ffn_dim, max_position_embeddings=c.context_length, rms_norm_eps=1e-5, tie_word_embeddings=False,
+        vocab_size=c.vocab_size, hidden_size=c.d_model, num_hidden_layers=c.num_layers,
+        num_attention_heads=c.num_heads, intermediate_size=c.ffn_dim,
+        max_position_embeddings=c.context_length, rms_norm_eps=1e-5, tie_word_embeddings=False,
         attn_implementation="sdpa", use_cache=False))
     return peer, lambda ids: peer(ids, use_cache=False).logits
 
@@ -93,10 +96,12 @@ def speed(repeats, batch_size):
                 seconds[name].append(time.perf_counter() - start)
     tokens, flops = batch_size * c.context_length, 3 * sum(M.flops_per_token(c).values())
     base = statistics.median(seconds["ours"])
-    M.table(f"Training step, {sizes['ours']:,} parameters, {batch_size} x {c.context_length} tokens, fp32, {torch.get_num_threads()} "
-            f"threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}, median of {repeats}",
+    M.table(f"Training step, {sizes['ours']:,} parameters, {batch_size} x {c.context_length} tokens, fp32, "
+            f"{torch.get_num_threads()} threads, torch {torch.__version__}, load {os.getloadavg()[0]:.1f}, "
+            f"median of {repeats}",
             ["", "ms", "tokens/s", "GFLOP/s", "ours is faster by"],
-            [[name, f"{1e3 * (t := statistics.median(s)):.0f}", f"{tokens / t:,.0f}", f"{flops * tokens / t / 1e9:.0f}", f"{t / base:.2f}x"]
+            [[name, f"{1e3 * (t := statistics.median(s)):.0f}", f"{tokens / t:,.0f}",
+              f"{flops * tokens / t / 1e9:.0f}", f"{t / base:.2f}x"]
              for name, s in seconds.items()])
 
 
@@ -108,15 +113,18 @@ def recipe(minutes, out, recipes):
     rows, mark = [], None
     for label, (flags, share, rates) in recipes.items():
         s, _ = train.settings([*flags, "--out", out, "--minutes", str(minutes * share), "--evals", "4"])
-        results = train.run_many("recipe", [(f"{label}, lr {lr:g}", dict(lr=lr)) for lr in rates], [0], s, data)
+        results = train.run_many("recipe", [(f"{label}, lr {lr:g}", dict(lr=lr)) for lr in rates],
+                                 [0], s, data)
         runs = {lr: r[0] for lr, r in zip(rates, results.values())}
         best = min(runs, key=lambda lr: runs[lr]["bpb"])
         mark = mark if mark is not None else runs[best]["bpb"]
         tried = "  ".join(f"{lr:g}: {r['bpb']:.3f}" for lr, r in runs.items())
-        rows.append([label, f"{runs[best]['params']:,}", f"{runs[best]['seconds']:.0f} s", f"{best:g}", f"{runs[best]['bpb']:.4f}",
-                     f"{runs[best]['bpb'] - mark:+.4f}", tried])
-    M.table(f"Recipes on the same held-out text, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}",
-            ["recipe", "parameters", "time", "best rate", "bits/byte", "against GPT-2's", "all rates tried"], rows)
+        rows.append([label, f"{runs[best]['params']:,}", f"{runs[best]['seconds']:.0f} s", f"{best:g}",
+                     f"{runs[best]['bpb']:.4f}", f"{runs[best]['bpb'] - mark:+.4f}", tried])
+    M.table(f"Recipes on the same held-out text, {torch.get_num_threads()} threads, "
+            f"load {os.getloadavg()[0]:.1f}",
+            ["recipe", "parameters", "time", "best rate", "bits/byte", "against GPT-2's", "all rates tried"],
+            rows)
 
 
 def main():

@@ -242,9 +242,11 @@ def test_attention_layer_equals_torch_composed_by_hand():
     net, x = build(num_kv_heads=2).blocks[0].mixer, normal(3, T, 24)
     q, k, v = F.linear(x, net.wqkv.weight).split([24, 12, 12], -1)
     q, k, v = (t.view(3, T, -1, 6).transpose(1, 2) for t in (q, k, v))
-    q, k = (torch.stack([torch.tensor([turned(r, m, 1e4) for m, r in enumerate(h)])
-                         for h in t.flatten(0, 1).double().numpy()]).view(t.shape).float()
-            for t in (q.detach(), k.detach()))
+    def at_its_position(heads):
+        each = heads.detach().flatten(0, 1).double().numpy()
+        rows = [[turned(r, m, 1e4) for m, r in enumerate(h)] for h in each]
+        return torch.from_numpy(np.array(rows)).view(heads.shape).float()
+    q, k = at_its_position(q), at_its_position(k)
     y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1),
                                        is_causal=True)
     close(net(x, torch.arange(T)), F.linear(y.transpose(1, 2).reshape(3, T, 24), net.wo.weight), **FP32)
@@ -459,6 +461,7 @@ def test_sampling_probabilities():
         assert set(got.topk(size).indices.tolist()) == set(z.topk(size).indices.tolist())
     assert (M.next_token_probs(normal(50_000), top_p=1.0) > 0).all()         # 1 means off, rounding or not
     assert (M.next_token_probs(torch.zeros(7), top_p=0.01) > 0).sum() == 1
+    assert (M.next_token_probs(torch.zeros(4), top_p=0.5) > 0).sum() == 2    # two reach 1/2 exactly: no third
 
 
 def test_generate():
@@ -696,7 +699,8 @@ def test_damaged_checkpoints_get_one_line(tmp_path):
         dump()
         assert "refused" in refused(path) and not mark.exists()
     for state, word in (([1, 2], "config"), (dict(model={}, step=1), "config"),
-                        (dict(config=3, model={}, step=1), ""), (dict(config={}, model=[], step=1), "")):
+                        (dict(config=3, model={}, step=1), "config"),
+                        (dict(config={}, model=[], step=1), "model")):
         torch.save(state, path)
         with pytest.raises(ValueError, match=word):
             M.load_model(path)
@@ -734,6 +738,10 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         M.save_checkpoint(path, net, step=2)
     assert path.read_bytes() == old and os.listdir(tmp_path) == ["c.pt"]
+    monkeypatch.undo()
+    with open(path, "rb") as reader:      # who reads the old file reads all of it
+        M.save_checkpoint(path, net, step=3)
+        assert reader.read() == old and M.load_checkpoint(path)["step"] == 3
     with pytest.raises(OSError, match="nowhere"):
         M.save_checkpoint(tmp_path / "nowhere" / "c.pt", net)
 
