@@ -4,9 +4,9 @@ What   A function from token ids (B,T) to logits (B,T,V): logits[b,t] scores eve
        given tokens 0..t. Inside: an embedding, L blocks of (attention, feed-forward) that each add to a
        residual stream of D numbers a token, a last norm, and a matrix to the vocabulary.
 Why    Almost every number about training and serving follows from the shape alone. A forward pass costs
-       two FLOPs a weight and token, the backward pass twice that: 6 N D FLOPs to train N weights on D
-       tokens. This file builds the model, predicts its costs in closed form, and counts them on the
-       real thing: the columns agree.
+       two FLOPs a weight and token, the backward pass twice that: six FLOPs a weight and token to train.
+       This file builds the model, predicts its costs in closed form, and counts them on the real thing:
+       the two columns agree.
 
 Equations (names as in the code)
        rms_norm(x)    = x / sqrt(mean(x^2) + eps) * gain
@@ -14,10 +14,10 @@ Equations (names as in the code)
        rope(x, m)     = x_pair * exp(i m theta^(-2j/H))      so that <q_m, k_n> depends on m - n alone
        swiglu(x)      = w2(silu(w1 x) * w3 x)
        block(x)       : x = x + attention(norm(x));  x = x + ffn(norm(x))
-       loss           = mean over tokens of  log sum_v exp(z_v) - z_target                    (nats a token)
+       loss           = mean over tokens of  log sum_v exp(z_v) - z_target            (nats a token)
 
 Run    python model.py                      # 20 s on two cores: the tables below and out/model.png
-       python model.py --preset gpt2       # the same accounting for another preset, or for any --d_model, ...
+       python model.py --preset gpt2        # the same accounting for another preset, or any --d_model, ...
 
 You should see (two cores, CPU)
 
@@ -40,10 +40,11 @@ import re
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 
-# Idle CPU threads sleep instead of spinning. Beside any other busy process spinning threads wait for one
-# another: one training step took 13.8 s instead of 2.6 (two cores, one of them taken). Must be set
-# before torch loads its OpenMP.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# How long an idle CPU thread spins before it sleeps. libgomp's default suits an idle machine only: beside one
+# busy process, spinning threads wait for one another. Training the tiny model on two cores, tokens/s idle and
+# beside a busy process: default 7,700 and 2,000; never spinning 3,900 and 3,300; this 8,600 and about 2,700.
+# It must be set before torch loads its OpenMP.
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 import torch.nn as nn
@@ -65,9 +66,9 @@ class ModelConfig:
     """All that decides a model's parameters and its function. Each knob is declared here and nowhere else."""
     vocab_size: int = knob(4096, "V, ids run from 0 to V-1")
     context_length: int = knob(256, "T, the longest sequence, in tokens")
-    d_model: int = knob(192, "D, the width of the residual stream")
-    num_layers: int = knob(6, "L, blocks")
-    num_heads: int = knob(3, "N, query heads; the head dim is H = D/N")
+    d_model: int = knob(128, "D, the width of the residual stream")
+    num_layers: int = knob(4, "L, blocks")
+    num_heads: int = knob(2, "N, query heads; the head dim is H = D/N")
     num_kv_heads: int = knob(0, "K, key/value heads: N is multi-head, 1 multi-query, between grouped; "
                                 "0 means N")
     d_ff: int = knob(0, "F, feed-forward width; 0 means 8/3 D for gated kinds, else 4 D, "
@@ -144,10 +145,10 @@ _gpt2 = dict(vocab_size=50257, context_length=1024, norm="layernorm", position="
              bias="all", tie_embeddings=True, init="gpt2")
 _llama2 = dict(vocab_size=32000, context_length=4096, init="glorot")
 PRESETS = {  # name -> ModelConfig fields. Widths near 100 x layers are the rule of thumb (Kaplan et al. 2020)
-    "tiny": dict(qk_norm=True),                                                       # two CPU cores, minutes
+    "tiny": dict(qk_norm=True),  # two CPU cores, minutes
     "small": dict(d_model=256, num_layers=8, num_heads=4, context_length=512, qk_norm=True),  # 1 h, or a GPU
     "tinystories": dict(vocab_size=10000, d_model=512, d_ff=1344, num_layers=4, num_heads=16, qk_norm=True),
-    "gpt2-recipe": dict(_gpt2, vocab_size=4096, context_length=256, d_model=192, num_layers=6, num_heads=3),
+    "gpt2-recipe": dict(_gpt2, vocab_size=4096, context_length=256, d_model=128, num_layers=6, num_heads=2),
     "gpt2": dict(_gpt2, d_model=768, num_layers=12, num_heads=12),
     "gpt2-medium": dict(_gpt2, d_model=1024, num_layers=24, num_heads=16),
     "gpt2-large": dict(_gpt2, d_model=1280, num_layers=36, num_heads=20),
@@ -322,10 +323,9 @@ class KVCache:
         if self.k is not None:
             new = (torch.cat((self.k, k), -2), torch.cat((self.v, v), -2),
                    torch.cat((self.positions, positions), -1))
-        keep = slice(1 - self.window, None) if self.window > 1 else slice(None)
-        if self.window == 1:                                            # the next query will see itself alone
-            keep = slice(new[2].shape[-1], None)
-        self.k, self.v, self.positions = new[0][..., keep, :], new[1][..., keep, :], new[2][..., keep]
+        k, v, positions = new
+        first = max(0, k.shape[-2] - self.window + 1) if self.window else 0     # the next query brings one
+        self.k, self.v, self.positions = k[..., first:, :], v[..., first:, :], positions[..., first:]
         return new
 
 

@@ -784,16 +784,16 @@ def ablate(s, data):
 # --- 9. the command line ------------------------------------------------------------------------------------
 
 TRAINING = {  # what a preset of model.py changes here; a typed flag beats it
-    "tiny": dict(minutes=3.0),
-    "small": dict(minutes=60.0, batch_size=8),
+    "tiny": dict(minutes=2.5),
+    "small": dict(minutes=60.0),
     "tinystories": dict(tokens=327_680_000, batch_size=128),
-    "gpt2-recipe": dict(minutes=3.0, optimizer="adamw", schedule="cosine", lr=1e-3, final_lr=0.1, head_lr=1.0,
+    "gpt2-recipe": dict(minutes=2.5, optimizer="adamw", schedule="cosine", lr=1e-3, final_lr=0.1, head_lr=1.0,
                         embedding_lr=1.0),
     "gpt2": dict(tokens=10_000_000_000, batch_size=480, micro_batch=12, optimizer="adamw", schedule="cosine",
                  lr=6e-4, final_lr=0.1, head_lr=1.0, embedding_lr=1.0),
 }
 # What --ablate changes.
-ABLATION = dict(num_layers=3, tokens=300_000, minutes=0.0, val_tokens=40_000, evals=5)
+ABLATION = dict(tokens=150_000, minutes=0.0, val_tokens=30_000, evals=5)
 
 
 def make_parser():
@@ -818,7 +818,7 @@ def make_parser():
     budget("--steps", type=int, default=0, help="optimizer steps")
     budget("--tokens", type=int, default=0, help="training tokens")
     o = p.add_argument_group("optimization").add_argument
-    o("--batch_size", type=int, default=16, help="sequences per optimizer step")
+    o("--batch_size", type=int, default=8, help="sequences per optimizer step")
     o("--micro_batch", type=int, default=0,
       help="sequences at a time, accumulated to batch_size; 0: all at once")
     o("--optimizer", choices=("muon", "adamw", "sgd"), default="muon",
