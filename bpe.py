@@ -3,12 +3,12 @@ r"""bpe.py - lecture 1: tokenization.
 What   text -> token ids and back: characters, bytes, words, and byte-pair encoding (BPE); training it,
        applying it, storing it, and writing a corpus to disk as one array of ids.
 Why    A model predicts one id at a time, so fewer ids for the same text are fewer steps and a longer view.
-       Characters need a vocabulary of 154,998 (Unicode 16) for 1 to 4 bytes an id, bytes 256 for 1 byte,
-       words an endless one, and still meet words they do not know. BPE begins with the bytes and adds what
+       Characters: 154,998 ids (assigned in Unicode 16), 1 to 4 bytes each. Bytes: 256 ids, 1 byte each.
+       Words: no end of ids, and there is always an unknown one. BPE begins with the bytes and adds what
        is frequent: 3.5 bytes an id of Python at 4,096 ids, 4.0 at 16,384 (production models: 100,000 to
        250,000), and there is no text that it cannot write.
 How    pre-tokens = findall(pattern, text)      a regex cuts text into words; no id ever spans two pre-tokens
-       merge      = argmax over pairs (a, b) of (sum over pre-tokens of count * occurrences, (a, b)), to V ids
+       merge      = the pair with the greatest (count over all pre-tokens, pair); again, until there are V ids
        encode     = in every pre-token apply the merge of lowest rank until none applies
        ratio      = UTF-8 bytes / ids           compression_ratio(text, ids): what the lecture compares
 Facts  ord("牛") = 29275, ord("🌍") = 127757, "🌍".encode() = f0 9f 8c 8d: one byte of it is no character, which
@@ -51,6 +51,7 @@ import sys
 import threading
 import time
 import unicodedata
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -60,12 +61,12 @@ import numpy as np
 import regex                                         # re knows no \p{L}, a letter of any script
 
 EOT = "<|endoftext|>"                                # ends every document of a token file
-# Contractions, letters, numbers, the rest, each with the one blank before it; of a run of white space all but
-# the last.
+# Contractions; letters, numbers, other signs, each with the one blank before it; white space, less its last
+# character if a word follows (that one belongs to the word).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# GPT-4 and later: also 'LL, any one sign before letters, line ends close a pre-token; %s: digits per number
 LATER_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-# cl100k: three digits at most, lines end a pre-token, 'LL as 'll
 GPT4_PATTERN = LATER_PATTERN % "{1,3}"
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": GPT4_PATTERN, "qwen2": LATER_PATTERN % ""}
 
@@ -73,8 +74,7 @@ PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": GPT4_PATTERN, 
 # --- 1. the naive version -------------------------------------------------------------------------
 
 def split_special(text, special_tokens):
-    """[text, special, text, special, ..., text]: special tokens stand at the odd places; where two overlap,
-    the longest wins.
+    """[text, special, text, ..., text]: special tokens at the odd places. The leftmost wins, then the longest.
 
     Nothing is counted or merged across a special token, so this comes before the regex, in training and in
     encoding."""
@@ -89,8 +89,7 @@ def special_regex(special_tokens):
 
 
 def train_bpe_naive(text, vocab_size, special_tokens=(), pattern=GPT2_PATTERN):
-    """Count every adjacent pair, merge the most frequent, count again: O(merges * text). The oracle of
-    train_bpe.
+    """Count every pair, merge the most frequent, count again: O(merges * text). The oracle of train_bpe.
 
     text: a string, or a Path or a list of Paths to read. Returns (vocab, merges) as train_bpe does."""
     documents = [text] if isinstance(text, str) else read_documents(text)
@@ -124,8 +123,7 @@ def merge_naive(word, pair):
 
 
 def encode_naive(pre_token, merges):
-    """The tokens (bytes) of one pre-token: all merges, one after the other, as training made them. The oracle
-    of encode."""
+    """One pre-token's tokens (bytes): every merge, in the order of training. The oracle of encode."""
     word = tuple(bytes([b]) for b in pre_token.encode())
     for pair in merges:
         word = merge_naive(word, pair)
@@ -133,8 +131,7 @@ def encode_naive(pre_token, merges):
 
 
 def make_vocab(merges, special_tokens):
-    """id -> bytes: 256 bytes, then special tokens, then merges. A larger vocabulary therefore moves no id of
-    a smaller one."""
+    """id -> bytes: 256 bytes, special tokens, merges: a larger vocabulary moves no id of a smaller one."""
     tokens = [bytes([b]) for b in range(256)]
     tokens += [name.encode() for name in special_tokens] + [a + b for a, b in merges]
     return dict(enumerate(tokens))
@@ -143,7 +140,7 @@ def make_vocab(merges, special_tokens):
 # --- 2. characters and words: two tokenizers that are not enough (bytes follow in 6) --------------
 
 class CharacterTokenizer:
-    """id = code point. 1.1 million ids, most of them never seen in training, for 1 to 4 bytes each."""
+    """id = code point: 1.1 million (154,998 are assigned), most never seen in training; 1 to 4 bytes each."""
     vocab_size = 0x110000
 
     def encode(self, text):
@@ -154,8 +151,7 @@ class CharacterTokenizer:
 
 
 class WordTokenizer:
-    """id = whole pre-token of a corpus. Compresses best, and everything the corpus did not hold is UNK: text
-    is lost."""
+    """id = a whole pre-token of a corpus. Compresses best; what the corpus lacks is UNK, its text lost."""
     UNK = "<unk>"
 
     def __init__(self, corpus, pattern=GPT2_PATTERN):
@@ -195,8 +191,7 @@ DEAD = -2                                            # a place inside a token; -
 
 @no_gc()
 def merge_pairs(counts, num_merges, show=False):
-    """{pre-token as bytes: count} -> merges. Equal to the naive trainer's, each for the cost of the positions
-    it touches."""
+    """{pre-token: count} -> the naive trainer's merges; each costs only the places it touches."""
     symbol, weight = lay_out(counts)
     tokens = [bytes([b]) for b in range(256)]
     order = [tie_key(token) for token in tokens]
@@ -206,12 +201,11 @@ def merge_pairs(counts, num_merges, show=False):
     push_pairs(heap, order, weight, symbol[at], symbol[at + 1], at)
     progress = Progress("merge", num_merges, show, "merges", 1)
     while heap and len(merges) < num_merges:
-        bound, _, _, a, b, at = heap[0]
-        # places that no other merge has taken since
+        minus_bound, _, _, a, b, at = heapq.heappop(heap)
+        # keep the places where a still begins and b still follows; other merges took the rest
         at = at[(symbol[at] == a) & (symbol[at + length[a]] == b)]
         count = int(weight[at].sum())
-        heapq.heappop(heap)
-        if count < -bound:                           # only a bound: back into the heap with the true count
+        if count < -minus_bound:                     # only a bound: back into the heap with the true count
             if count:
                 heapq.heappush(heap, (-count, order[a], order[b], a, b, at))
             continue
@@ -222,9 +216,9 @@ def merge_pairs(counts, num_merges, show=False):
         tokens.append(tokens[a] + tokens[b])
         order.append(tie_key(tokens[new]))
         length[new] = length[a] + length[b]
-        # A token's id stands at its first and its last byte, so a neighbour on either side finds it: "th" "e"
-        # is [th th e], merged [new DEAD new]. What was recorded at a place that is now inside or at an end
-        # matches no longer.
+        # A token's id stands at its first and its last byte, so either neighbour finds it in one step:
+        # "th" "e" is [th th e], merged [new DEAD new]. Old heap entries that name these places fail the test
+        # above, since no a and no b stands there any more: nothing must be deleted from the heap.
         middle = at + length[a]
         symbol[middle - 1] = symbol[middle] = DEAD
         symbol[at] = symbol[at + length[new] - 1] = new
@@ -242,9 +236,9 @@ def merge_pairs(counts, num_merges, show=False):
 
 
 def lay_out(counts):
-    """{b"ab": 5, b"c": 2} -> symbol [-1 a b -1 c -1], weight [0 5 5 0 2 0]: all words in one array, and their
-    counts."""
+    """{b"ab": 5, b"c": 2} -> symbol [-1 a b -1 c -1], weight [0 5 5 0 2 0]: all words in one array."""
     size = np.fromiter(map(len, counts), np.int64, len(counts))
+    # a byte of word k (from 0) moves k + 1 places: one for each -1 before it
     at = np.arange(size.sum()) + np.repeat(np.arange(1, len(counts) + 1), size)
     symbol = np.full(size.sum() + len(counts) + 1, -1, np.int32)
     weight = np.zeros(len(symbol), np.int64)
@@ -260,12 +254,12 @@ def tie_key(token):
 
 
 def push_pairs(heap, order, weight, first, second, at):
-    """One heap entry (-count, tie, tie, a, b, positions) for each distinct pair (first[i], second[i]) at
-    position at[i]."""
+    """The pair (first[i], second[i]) stands at at[i]. One heap entry (-count, tie, tie, a, b, places) for each
+    distinct pair: sorted by pair, its places are one slice of at, from start to end."""
     if not len(at):
         return
     key = first.astype(np.int64) << 32 | second
-    # stable: the positions of a pair stay ascending, every_second needs it
+    # stable: the places of one pair stay ascending, as every_second needs them
     by_pair = np.argsort(key, kind="stable")
     key, at = key[by_pair], at[by_pair]
     start = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
@@ -277,11 +271,11 @@ def push_pairs(heap, order, weight, first, second, at):
 
 
 def every_second(at, step):
-    """Of places that overlap every second one merges, from the left: "aaaa" holds (a, a) at 0, 1, 2; 0 and 2
-    merge."""
+    """Of overlapping places keep every second, from the left: "aaaa" holds (a, a) at 0, 1, 2; keep 0 and 2."""
     index = np.arange(len(at))
-    # where a run of overlapping places begins
+    # a run of overlapping places begins wherever the step from the place before is not `step`
     begins = np.concatenate([[True], at[1:] - at[:-1] != step])
+    # the running maximum carries the index of the run's beginning along; the difference counts within it
     in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
     return at[in_run % 2 == 0]
 
@@ -290,16 +284,16 @@ def every_second(at, step):
 # A 5 GB file, a stream, two workers: all need places where a text may be cut without changing a single
 # pre-token. Such a place must be a pre-token's edge whatever stands left and right of it. For every pattern
 # in PATTERNS these are: the end of a run of letters or of numbers, a blank after something else, and what
-# follows a single line end. Not a safe place: before a line end ("}\n" is one pre-token of GPT-4), or inside
-# white space (what it becomes depends on the character after it).
+# follows a single line end. Not safe: between a sign and a line end ("}\n" is one pre-token of GPT-4), or in
+# white space (what it becomes depends on the character after it). Marks (\p{M}) stay with their letter.
 
 BLOCK = 1 << 20                                      # characters, or bytes, handled at a time
-PIECE = 1 << 16                                      # characters of a piece; short ones are often all ASCII
+PIECE = 1 << 16                                      # characters a piece: short, so most are ASCII (fast)
 CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}])|\p{N}(?=[^\p{N}\p{M}])|\S(?=[^\S\r\n])|\S\n(?=\S)",
                     regex.REVERSE)
 # NFC may turn a letter into letter and mark
 CUT_NFC = regex.compile(r"\S(?=[^\S\r\n])|\S\n(?=\S)", regex.REVERSE)
-# everything up to the end of a word or number
+# everything up to the end of a word or number; at the end of a text, what is left
 UNIT = r"[^\p{L}\p{N}]*+(?:\p{L}++|\p{N}++)|[^\p{L}\p{N}]++"
 
 
@@ -338,14 +332,14 @@ class Cutter:
             i = self.last(held)
             if i:
                 yield held[:i]
-            # not at every chunk: that would be quadratic
+            # no place found: look again when the text has doubled (at every chunk would be quadratic)
             held, need = held[i:], size if i else 2 * len(held)
         if held:
             yield held
 
 
-def slices(text, size=BLOCK):
-    return (text[i:i + size] for i in range(0, len(text), size))
+def slices(sequence, size=BLOCK):
+    return (sequence[i:i + size] for i in range(0, len(sequence), size))
 
 
 def file_blocks(path, errors="strict", start=0, end=None):
@@ -356,7 +350,10 @@ def file_blocks(path, errors="strict", start=0, end=None):
     with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
         f.seek(start)
         while True:
-            block = f.read(BLOCK if end is None else min(BLOCK, end - at))
+            try:
+                block = f.read(BLOCK if end is None else min(BLOCK, end - at))
+            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+                raise ValueError(f"{path}: truncated or damaged .gz ({e})") from None
             if b"\0" in block and errors == "strict":
                 raise ValueError(f"{path}: not a text file (NUL byte at offset {at + block.index(0)}); "
                                  f"--errors replace reads it all the same")
@@ -406,11 +403,12 @@ def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
         held, need = "", BLOCK
         for block in file_blocks(path, errors, start, end):
             held += block
-            if len(held) < need and EOT not in held:
+            # only the new end can hold an EOT: what was held before was split already
+            if len(held) < need and EOT not in held[max(0, len(held) - len(block) - len(EOT)):]:
                 continue
             *documents, held = held.split(EOT)
             yield from document_pieces(documents, cutter)
-            # the rest may begin an EOT
+            # the last len(EOT) - 1 characters may begin an EOT: no cut there; `need` as in Cutter.pieces
             i = cutter.last(held[:1 - len(EOT)]) if cutter and len(held) >= BLOCK else 0
             if i:
                 yield held[:i], False
@@ -461,7 +459,8 @@ class PreTokenizer:
         return (self.ascii_unit if text.isascii() else self.any_unit).findall(text)
 
     def pre_tokens(self, unit):
-        return (self.ascii if unit.isascii() else self.any).findall(unit)
+        found = (self.ascii if unit.isascii() else self.any).findall(unit)
+        return found if self.known else [p for p in found if p]           # an own pattern may match nothing
 
 
 def ascii_twin(pattern):
@@ -497,8 +496,7 @@ def _run_task(task):
 
 
 def parallel_map(function, tasks, num_processes, *args):
-    """function(*args, task) of every task, in order. At most 2 tasks a process wait, so memory does not grow
-    with them."""
+    """function(*args, task) of every task, in order; 2 a process wait at most: memory is bounded."""
     if num_processes == 1:
         yield from map(functools.partial(function, *args), tasks)
         return
@@ -564,8 +562,7 @@ class Progress:
 
 
 def count_pre_tokens(pre_tokenizer, special_tokens, batch):
-    """One worker's task: ({pre-token as bytes: count}, bytes of text) of a list of (piece, ends a
-    document)."""
+    """One worker's task: list of (piece, ends a document) -> {pre-token as bytes: count}, bytes of text."""
     units, counts = Counter(), {}
     for text, _ in batch:
         for part in split_special(text, special_tokens)[::2]:
@@ -582,8 +579,7 @@ def train_bpe(input_path, vocab_size, special_tokens, *, pattern=GPT2_PATTERN, n
     """Trains BPE on a text file or a list of them -> (vocab: dict[int, bytes], merges: list[tuple[bytes,
     bytes]]).
 
-    Ids 0..255 are the bytes, then come the special tokens, then the merges; so no id moves when the
-    vocabulary grows. A tie goes to the greater pair of byte strings. A corpus that runs out of pairs gives
+    Ids as make_vocab gives them; a tie goes to the greater pair. A corpus that runs out of pairs gives
     fewer merges than asked for. Neither the number of processes nor the order of the files matters. Memory:
     the distinct pre-tokens, not the text. ValueError: vocab_size below 256 + special tokens; a special token
     empty or repeated; a file that is no UTF-8 text."""
@@ -649,10 +645,11 @@ class BPETokenizer:
             if name not in self.special_tokens:
                 self.special_tokens[name] = known.get(name.encode(), max(self.vocab, default=-1) + 1)
             self.vocab.setdefault(self.special_tokens[name], name.encode())
-        self.vocab_size = max(self.vocab) + 1
+        self.vocab_size = max(self.vocab) + 1        # ids may have gaps
         self.eot_id = self.special_tokens.get(EOT)
         self._pre_tokenizer = PreTokenizer(pattern)
-        self._cut = None if not self._pre_tokenizer.known else CUT if normalizer is None else CUT_NFC
+        cut = CUT_NFC if normalizer else CUT
+        self._cut = cut if self._pre_tokenizer.known else None
         self._cache, self._cached = {}, 0            # unit -> packed ids; characters in it
         self._index_tokens()
         self._index_merges()
@@ -661,6 +658,7 @@ class BPETokenizer:
         """bytes -> id of ordinary tokens, and all tokens' bytes in one array for decoding."""
         special = set(self.special_tokens.values())
         ordinary = {bytes([b]) for b in range(256)} | {a + b for a, b in self.merges}
+        # Of ids with the same bytes a dict keeps the last: an ordinary one, and of those the smallest.
         last_wins = sorted(self.vocab, key=lambda i: (i not in special, -i))
         self.ids = {self.vocab[i]: i for i in last_wins if i not in special or self.vocab[i] in ordinary}
         self._byte_id = np.array([self.ids.get(bytes([b]), -1) for b in range(256)], np.int64)
@@ -679,10 +677,12 @@ class BPETokenizer:
             used.setdefault(b, rank)
             made[a + b] = rank
             ranks.setdefault(self.ids[a] * self.vocab_size + self.ids[b], rank)
-        # _merge relies on it: a new token never has an older pair to join
+        # A token must be made before any merge uses it. Then a merge never gives rise to a pair of lower rank,
+        # and _merge may take all places of a pair in one round.
         for token, rank in used.items():
             if made.get(token, -1) >= rank:
                 raise ValueError(f"merge {rank} uses {token!r}, which merge {made[token]} makes only later")
+        # a last pair above all others: searchsorted never points past the end
         pair, rank = np.array([*ranks, NO_MERGE]), np.array([*ranks.values(), NO_MERGE])
         order = np.argsort(pair)
         self._pair, self._rank = pair[order], rank[order]
@@ -712,8 +712,7 @@ class BPETokenizer:
         return {name: self.special_tokens[name] for name in allowed_special}
 
     def encode_texts(self, texts):
-        """The ids of each text, as ordinary text, packed as uint32 (bytes). Many texts at once cost less than
-        one by one."""
+        """The ids of each ordinary text, packed as uint32 (bytes). Many at once cost less than one by one."""
         done, ids = [], []
         for batch in batches(document_pieces(texts, Cutter(self._cut)), BLOCK):
             for (_, last), packed in zip(batch, self._encode_batch([text for text, _ in batch])):
@@ -739,8 +738,7 @@ class BPETokenizer:
 
     @no_gc()
     def _learn(self, units):
-        """The cache with these units in it. Only new ones cost anything, and all their merges are made
-        together."""
+        """The cache with these units in it. Only new ones cost anything; all their merges are made together."""
         cache, new = self._cache, units.difference(self._cache)
         self._cached += sum(map(len, new))
         # begin again; another thread may still read the old dictionary
@@ -760,16 +758,17 @@ class BPETokenizer:
 
     def _merge(self, words):
         """Pre-tokens (bytes) -> packed ids. All of them lie in one array, and in every round each word merges
-        its pair of lowest rank, wherever it stands; a word without such a pair is done. Rounds: the most
-        merges any word needs."""
+        its pair of lowest rank, wherever it stands; a word without such a pair leaves the array. At most as
+        many rounds as the word that needs most merges."""
         out = [b""] * len(words)
         size = np.fromiter(map(len, words), np.int64, len(words))         # symbols left in each word
         ids = self._byte_id[np.frombuffer(b"".join(words), np.uint8)]
         if (ids < 0).any():
             raise ValueError(f"vocab lacks the byte {b''.join(words)[np.argmin(ids)]:#04x} of the text")
-        name = np.arange(len(words))                 # which word it was
-        while len(name):
+        origin = np.arange(len(words))               # of each word still in the array: its index in words
+        while len(origin):
             start = np.cumsum(size) - size
+            # rank[i] is that of the pair at i, i + 1; the last symbol of all has none, hence the append
             pair = ids[:-1] * self.vocab_size + ids[1:]
             found = np.searchsorted(self._pair, pair)
             rank = np.append(np.where(self._pair[found] == pair, self._rank[found], NO_MERGE), NO_MERGE)
@@ -778,17 +777,18 @@ class BPETokenizer:
             best = np.minimum.reduceat(rank, start)
             done = best == NO_MERGE
             if done.any():
-                for w, i, n in zip(name[done].tolist(), start[done].tolist(), size[done].tolist()):
+                for w, i, n in zip(origin[done].tolist(), start[done].tolist(), size[done].tolist()):
                     out[w] = ids[i:i + n].astype(np.uint32).tobytes()
                 go_on = np.repeat(~done, size)
-                ids, rank, name, size, best = ids[go_on], rank[go_on], name[~done], size[~done], best[~done]
-            word = np.repeat(np.arange(len(name)), size)
+                ids, rank, best = ids[go_on], rank[go_on], best[~done]
+                origin, size = origin[~done], size[~done]
+            word = np.repeat(np.arange(len(origin)), size)                # of each symbol: its word
             at = np.flatnonzero(rank == best[word])
             if len(at):
                 at = every_second(at, 1)             # of "aaa" the first two
                 ids[at] = self._made[rank[at]]
                 ids = np.delete(ids, at + 1)
-                size -= np.bincount(word[at], minlength=len(name))
+                size -= np.bincount(word[at], minlength=len(origin))
         return out
 
     def encode_iterable(self, chunks, allowed_special="all"):
@@ -807,18 +807,18 @@ class BPETokenizer:
             bad = next(i for i in ids.tolist() if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {bad} is not in the vocabulary of {self.vocab_size} ids, which begin at 0")
         out = []
-        # what follows then stays in the processor's cache: twice as fast
+        # blocks this small keep the arrays below in the processor's cache: twice as fast
         for block in slices(ids, 1 << 14):
             size = self._size[block]
-            # from a byte's place in the text to its place in
+            # of each token: its start in _bytes minus its start in the text. A byte's place in the text plus
+            # this is its place in _bytes.
             shift = self._start[block] - (np.cumsum(size) - size)
-            at = np.repeat(shift, size) + np.arange(size.sum())           # the array of all tokens
+            at = np.repeat(shift, size) + np.arange(size.sum())
             out.append(self._bytes[at].tobytes())
         return b"".join(out)
 
     def decode(self, ids, errors="replace"):
-        """The text of ids. Not every list of ids is UTF-8, a model may stop inside a character: U+FFFD stands
-        for the rest."""
+        """The text of ids. A model may stop inside a character: U+FFFD stands for what is not UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors)
 
     def hash(self):
@@ -898,8 +898,7 @@ def from_printable(name):
 
 
 def tokenizer_json(tok):
-    """What save writes. Special tokens stand in the model's vocabulary too: else tokenizers would give them
-    other ids."""
+    """What save writes. Special tokens are in the model's vocabulary too: else tokenizers gives other ids."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     split = {"type": "Split", "pattern": {"Regex": tok.pattern}, "behavior": "Isolated", "invert": False}
     special = {i: name for name, i in tok.special_tokens.items()}
@@ -951,8 +950,7 @@ def parse_tokenizer(data):
 
 
 def parse_pattern(pre):
-    """ByteLevel with its own regex (GPT-2), or a Split by regex followed by ByteLevel without one (all later
-    models)."""
+    """ByteLevel with its own regex (GPT-2), or Split by regex, then ByteLevel without one (later models)."""
     steps = (pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]) if pre else []
     kinds, level = [step["type"] for step in steps], steps[-1] if steps else {}
     if not level.get("add_prefix_space"):
@@ -969,8 +967,7 @@ def parse_pattern(pre):
 # --- 8. token files: ids little endian, one after the other, in .bin; what they are in .json ------
 
 def write_atomic(path, data):
-    """Writes bytes, or whatever data(file) writes, to path.part; then renames it. A crash or a full disk
-    leaves the old file."""
+    """Writes bytes, or what data(file) writes, to path.part, then renames: a crash leaves the old file."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -982,6 +979,8 @@ def write_atomic(path, data):
             os.fsync(f.fileno())
         os.replace(part, path)
     except OSError as e:
+        if e.errno is None or e.filename and Path(e.filename) != part:    # not about this file
+            raise
         raise OSError(e.errno, f"{e.strerror or e}; nothing new was written to", str(path)) from None
     finally:
         with contextlib.suppress(OSError):
@@ -1007,7 +1006,7 @@ def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, pr
     same for all num_processes."""
     single = isinstance(paths_or_documents, (str, os.PathLike))
     given = [Path(paths_or_documents)] if single else paths_or_documents
-    known = given if isinstance(given, list) else []                      # of a generator the size is not
+    known = given if isinstance(given, list) else []                      # a generator can be read only once
     total = sum(Path(item).stat().st_size for item in known if is_file(item))
     cutter = Cutter(tokenizer._cut)
     pieces = itertools.chain.from_iterable(
@@ -1094,8 +1093,7 @@ def corpus_root():
 
 
 def corpus_files():
-    """The embedded corpus: the running interpreter's standard library, *.py, without tests and installed
-    packages."""
+    """The embedded corpus: the standard library's *.py, without tests and installed packages."""
     leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = []
     for folder, folders, names in os.walk(corpus_root()):
@@ -1113,8 +1111,7 @@ def is_text(path):
 
 
 def is_held_out(name):
-    """True for 5% of all names or texts: the same ones on every machine, and whatever else the corpus
-    holds."""
+    """True for 5% of all names or texts, the same on every machine, whatever else the corpus holds."""
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < 5
 
 
@@ -1124,9 +1121,10 @@ def split_files(files, root=None):
     names = {f: f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name
              for f in map(Path, files)}
     val = [f for f, name in names.items() if is_held_out(name)]
-    if not val and len(names) > 1:                   # few files: the one that comes nearest
+    if not val and len(names) > 1:                   # none fell into the 5%: the smallest hash
         val = [min(names, key=lambda f: hashlib.sha256(names[f].encode()).digest())]
-    return [f for f in names if f not in val], val
+    held = set(val)
+    return [f for f in names if f not in held], val
 
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".csv", ".jsonl", ".txt.gz", ".jsonl.gz")
@@ -1137,7 +1135,8 @@ def text_files(data):
     files = []
     for path in as_paths(data):
         if path.is_dir():
-            found = [p for p in sorted(path.rglob("*")) if p.name.endswith(TEXT_SUFFIXES) and p.is_file()]
+            found = [p for p in sorted(path.rglob("*"))
+                     if p.name.endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
             if not found:
                 raise ValueError(f"{path}: no text files in this folder ({' '.join(TEXT_SUFFIXES)})")
             files += found
@@ -1152,13 +1151,14 @@ def split_sources(data, val, errors):
     """(files, train, val): all files, and two functions cutter -> pieces."""
     files = corpus_files() if data is None else text_files(data)
     if val or len(files) > 1:
-        root = Path(data) if isinstance(data, (str, os.PathLike)) else None
+        root = None if data is None or len(as_paths(data)) > 1 else as_paths(data)[0]
         train, held = (files, text_files(val)) if val else split_files(files, root)
         used = files + (held if val else [])
         return used, *(functools.partial(read_pieces, part, errors) for part in (train, held))
     path = files[0]
-    if len(list(itertools.islice(read_documents(path, errors), 2))) > 1:
-        # At least one: the smallest hash of those that are held out, or of all.
+    ends = (last for _, last in read_pieces([path], errors, Cutter(CUT, [EOT])) if last)
+    if len(list(itertools.islice(ends, 2))) > 1:
+        # if no document falls into the 5%, the one with the smallest hash is held out
         nearest = min(read_documents(path, errors),
                       key=lambda d: (not is_held_out(d), hashlib.sha256(d.encode()).digest()))
 
@@ -1174,8 +1174,7 @@ def split_sources(data, val, errors):
 
 
 def last_twentieth(path):
-    """The byte where the last 5% of a file begin: after the next line end; if there is none, at a blank or a
-    character."""
+    """The byte where a file's last 5% begin: after a line end, else at a blank, else at a character."""
     size = path.stat().st_size
     with open(path, "rb") as f:
         f.seek(size - max(1, size // 20))
@@ -1200,7 +1199,8 @@ def prepare(out, data=None, val=None, vocab_size=4096, num_processes=None, error
     files, train, held = split_sources(data, val, errors)
     given = load_tokenizer(tokenizer) if tokenizer else None
     state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    state += [given.hash() if given else vocab_size, GPT2_PATTERN, errors, bool(val)]
+    state += [given.hash() if given else vocab_size, GPT2_PATTERN, errors]
+    state += [[str(p) for p in as_paths(source)] if source else None for source in (data, val)]
     inputs = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
     result = {"train": out / "train.bin", "val": out / "val.bin", "reused": True}
     with contextlib.suppress(OSError, ValueError):   # missing or damaged files are made again
@@ -1296,7 +1296,7 @@ def download(url, path, progress=False):
                     bar(f.tell())
             bar.close()
     except OSError as e:                             # urllib's errors are OSErrors
-        # nothing follows the .part: it is no beginning of this file
+        # no bytes after the .part: it is complete or of another file, nobody can tell; begin anew
         if getattr(e, "code", None) == 416:
             part.unlink()
         raise OSError(f"{url}: cannot be fetched ({e}). With a network run this again, it goes on where it "
@@ -1392,7 +1392,8 @@ def demo_speed(tok, text):
                        ("decode", lambda: cold.decode_bytes(ids))):
         begin = time.perf_counter()
         work()
-        rate = len(text.encode()) / (time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        rate = len(text.encode()) / seconds
         print(f"   {name:25}{rate / 1e6:10.1f}{hours(PILE_BYTES, rate):22.1f}")
 
 
@@ -1418,6 +1419,7 @@ def demo_vocab_sizes(tok, text, out):
 
 
 def first_merges(tok, size):
+    """The tokenizer of `size` ids that the same training would have given: bytes, EOT, the first merges."""
     merges = tok.merges[:size - 257]
     return BPETokenizer(make_vocab(merges, [EOT]), merges, [EOT])
 
@@ -1446,7 +1448,7 @@ def demo(out=Path("out")):
     demo_ratios(code, WordTokenizer("".join(texts[:200])))
     held_prose = "\n".join(docstrings(val))
     demo_domains({"code": code, "docstrings": prose}, {"code": held, "docstrings": held_prose})
-    demo_speed(code, held * 4)
+    demo_speed(code, "".join(texts)[:4_000_000])         # no text twice: the first pass must meet new words
     demo_vocab_sizes(large, held, out)
 
 
@@ -1589,7 +1591,7 @@ def main(argv=None):
     try:
         args.run(args) if args.command else demo()
     except KeyboardInterrupt:
-        print("\nbpe.py: interrupted; what was not complete is removed, the same command begins again",
+        print("\nbpe.py: interrupted; unfinished output is removed (a download is kept): run it again",
               file=sys.stderr)
         return 130
     except BrokenPipeError:                          # the reader of our output (head, less) has seen enough

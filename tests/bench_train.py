@@ -143,7 +143,7 @@ def main():
         speed(args.repeats, args.batch_size)
     if args.what in ("recipe", "all"):
         recipe(args.minutes, args.out, {
-            "GPT-2 recipe": (["--preset", "gpt2-recipe"], 1.0, (1.5e-3, 3e-3, 6e-3)),
+            "GPT-2 recipe": (["--preset", "gpt2-recipe"], 1.0, (7.5e-4, 1.5e-3, 3e-3)),
             "default, half the time": ([], 1 / 2, (0.01, 0.02, 0.04)),
             "default, a third": ([], 1 / 3, (0.02, 0.04))})
 
