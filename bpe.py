@@ -495,6 +495,19 @@ def _run_task(task):
     return _task_function(task)
 
 
+@contextlib.contextmanager
+def ctrl_c_later():
+    """A Ctrl-C in here arrives at the end of the block, and never in a process forked inside it."""
+    if not hasattr(signal, "pthread_sigmask"):       # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def parallel_map(function, tasks, num_processes, *args):
     """function(*args, task) of every task, in order; 2 a process wait at most: memory is bounded."""
     if num_processes == 1:
@@ -505,7 +518,8 @@ def parallel_map(function, tasks, num_processes, *args):
     pool = ProcessPoolExecutor(num_processes, context, _start_worker, (function, args))
     try:
         for task in tasks:
-            waiting.append(pool.submit(_run_task, task))
+            with ctrl_c_later():                     # submit forks workers, which must not meet it halfway
+                waiting.append(pool.submit(_run_task, task))
             if len(waiting) > 2 * num_processes:
                 yield waiting.popleft().result()
         while waiting:

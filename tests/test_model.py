@@ -798,7 +798,8 @@ def test_config_defaults():
         assert replace(c, d_model=D,
                        num_heads=1).ffn_dim == gated and replace(c, d_model=D, num_heads=1,
                                                                  ffn="silu").ffn_dim == plain
-    assert replace(c, num_heads=6).kv_heads == 6 and replace(c, num_heads=6, num_kv_heads=2).kv_heads == 2
+    six = replace(c, d_model=192, num_heads=6)
+    assert six.kv_heads == 6 and replace(six, num_kv_heads=2).kv_heads == 2
     assert c.head_dim == 64
 
 
@@ -832,7 +833,7 @@ def test_flags_reach_the_config(monkeypatch):
 
 @pytest.mark.parametrize("argv,words", [(["--lrr", "3"], "unrecognized"), (["--d_model", "wide"], "wide"),
                                         (["--d_mod", "64"], "unrecognized"),
-    (["--norm", "batch"], "batch"), (["--preset", "huge"], "huge"), (["--d_model", "100"], "num_heads=3"),
+    (["--norm", "batch"], "batch"), (["--preset", "huge"], "huge"), (["--d_model", "101"], "num_heads=2"),
     (["--qk_norm", "maybe"], "maybe"),
     (["--dropout", "2"], "dropout=2"), (["--d_model"], "expected one argument")], ids=lambda v: " ".join(v)
     if isinstance(v, list) else "")
