@@ -16,11 +16,22 @@ Equations
        block(x)       : x = x + attention(norm(x));  x = x + ffn(norm(x))
        loss           = mean over tokens of  log sum_v exp(z_v) - z_target            (nats a token)
 
-Run    python model.py                      # 20 s on two cores: the tables below and out/model.png
+Run    python model.py                      # 10 s on two cores: the tables below and out/model.png
        python model.py --preset gpt2        # the same accounting for another preset, or any --d_model, ...
 
-You should see (two cores, CPU)
-
+You should see (two cores, CPU; shortened)
+       model            parameters  GFLOPs/token    FFN  scores 1k    16k   128k  KV/token  training
+       gpt2            124,439,808          0.28  39.8%      13.3%  71.0%  95.1%     37 kB    2.0 GB
+       gpt2-xl       1,557,611,200          3.42  57.4%       9.2%  61.8%  92.8%    307 kB   24.9 GB
+       llama2-7b     6,738,415,616         13.75  63.0%       3.9%  39.4%  83.9%    524 kB  107.8 GB
+       quantity                                 predicted     counted   ratio
+       parameters                               1,803,904   1,803,904  1.0000
+       forward FLOPs a token                    3,080,192   3,080,192  1.0000
+       backward FLOPs a token                   6,160,384   6,160,384  1.0000
+       bytes kept for backward, batch 4 x 256  69,357,568  69,357,572  1.0000
+       AdamW state bytes                       14,431,232  14,431,232  1.0000
+       KV cache bytes a token, fp32                 4,096       4,096  1.0000
+       first loss (ln V with init zero)            8.3178      8.3178  1.0000
 
 Outline  1 the shape: ModelConfig, PRESETS   2 functions, written plainly   3 layers
          4 attention      5 feed-forward     6 the block and the model      -- stop here on a first reading --
