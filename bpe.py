@@ -1601,7 +1601,7 @@ def main(argv=None):
 
     def stop(*_):                                    # a SIGTERM then cleans up as Ctrl-C does
         raise KeyboardInterrupt
-    signal.signal(signal.SIGTERM, stop)
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         args.run(args) if args.command else demo()
     except KeyboardInterrupt:
@@ -1613,6 +1613,8 @@ def main(argv=None):
     except (ValueError, OSError) as e:
         print("bpe.py: error:", " ".join(str(e).split()), file=sys.stderr)
         return 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
 
 
