@@ -21,11 +21,11 @@ Run    python bpe.py                                              # this lecture
        python bpe.py decode --tokenizer out/tokenizer.json out/train.bin
        python bpe.py show --tokenizer out/tokenizer.json --text "Hello"
        python bpe.py prepare --out out                            # the standard library -> train.bin, val.bin
-See    1  243 merges of 130 kB: naive 4.77 s | incremental 0.05 s | 94x | identical merges: True
+See    1  243 merges of 130 kB: naive 5.14 s | incremental 0.08 s | 68x | identical merges: True
        2  bytes an id   English: character 1.00, byte 1.00, word 4.00 (9% unknown), BPE 2.79
                         Chinese: character 3.00, byte 1.00, word 16.50 (100% unknown), BPE 1.00
        3  trained on code: 3.53 on code, 3.46 on docstrings; trained on docstrings: 3.01 and 3.63
-       4  encode 7 MB/s, with all words known 15, decode 100: the Pile takes 31, 15 and 2 hours
+       4  encode 4.2 MB/s, all words known 9.9, decode 109: the Pile takes 55, 23 and 2 hours
        5  512 ids 2.10 | 1,024 2.65 | 2,048 3.15 | 4,096 3.53 | 8,192 3.82 | 16,384 4.00
 Outline  1 the naive version   2 characters and words   3 incremental training   4 text in pieces that can
          stand alone   5 many processes   6 the tokenizer   7 tokenizer.json   8 token files   9 corpora
