@@ -195,9 +195,10 @@ def merge_pairs(counts, num_merges, show=False):
     symbol, weight = lay_out(counts)
     tokens = [bytes([b]) for b in range(256)]
     order = [tie_key(token) for token in tokens]
-    length = np.ones(256 + max(0, num_merges), np.int64)                  # bytes of each token
+    place = np.int32 if len(symbol) < 1 << 31 else np.int64               # places are most of the memory
+    length = np.ones(256 + max(0, num_merges), place)                     # bytes of each token
     heap, merges = [], []
-    at = np.flatnonzero((symbol[:-1] >= 0) & (symbol[1:] >= 0))
+    at = np.flatnonzero((symbol[:-1] >= 0) & (symbol[1:] >= 0)).astype(place)
     push_pairs(heap, order, weight, symbol[at], symbol[at + 1], at)
     progress = Progress("merge", num_merges, show, "merges", 1)
     while heap and len(merges) < num_merges:
@@ -619,7 +620,7 @@ def train_pieces(pieces, vocab_size, special_tokens, pattern=GPT2_PATTERN, num_p
                          f"= {smallest}: try --vocab_size {max(512, smallest)}")
     counts, done = Counter(), 0
     num_processes = num_processes or default_processes()
-    for part, size in parallel_map(count_pre_tokens, batches(pieces, 8 * BLOCK), num_processes,
+    for part, size in parallel_map(count_pre_tokens, batches(pieces, 2 * BLOCK), num_processes,
                                    PreTokenizer(pattern), special_tokens):
         counts.update(part)
         done += size
