@@ -2,38 +2,47 @@
 
 What   Train many small models, fit how the loss falls with parameters N and tokens D, and read off the model
        that a budget nobody can afford twice should buy: its size, its data, its loss, with intervals.
-Why    The last run of a project costs as much as all before it together, and there is only one of it. Its size
-       has to be chosen from runs a thousand times smaller. How to fit decides by how much one is wrong: on
-       noise-free curves of a known law, taking the best run of each budget errs by a quarter, a parabola by
-       a few percent, fitting the law itself by nothing (the first table below).
+Why    The last run of a project costs as much as all before it together, and there is only one. Its size has
+       to be chosen from runs a thousand times smaller. How to fit decides by how much one is wrong: on runs
+       of a known law, extrapolated two hundred times, taking the best run of each budget errs by 12%, a
+       parabola by 3%, fitting the law by nothing; with noise of 0.2% it is 78%, 5% and 3%.
 
 Equations
        C        = 6 N D                                two FLOPs a weight and token forward, four backward
        L(N, D)  = E + A / N^alpha + B / D^beta         E: what no model removes; too small; too little data
-       N*(C)    = G (C/6)^a,  D* = C / (6 N*)          a = beta / (alpha + beta),  G^(alpha+beta) = alpha A / beta B
-       fit      = argmin sum huber(log L(N, D) - log L_run)           by variable projection, then Newton steps
+       N*(C)    = G (C/6)^a,  D* = C / (6 N*)          a = beta / (alpha + beta)
+       G        = (alpha A / (beta B))^(1 / (alpha + beta))
+       fit      = argmin sum huber(log L(N, D) - log L_run)      by variable projection, then damped Newton
        muP      hidden and output weights: Adam's rate x base/width, so that the best rate holds at any width
-       critical batch   (S/S_min - 1)(E/E_min - 1) = 1   steps S, examples E;  B_crit = E_min/S_min ~ tr(cov)/|G|^2
+       batch      (S/S_min - 1)(E/E_min - 1) = 1    steps S, examples E;  B_crit = E_min/S_min ~ tr(cov)/|G|^2
 
-Run    python scaling.py                       # the lecture: planted laws, real small runs, a checked prediction
+Run    python scaling.py                       # the lecture: planted laws, real runs, a checked prediction
        python scaling.py fit runs.json         # a table of runs -> law, optimum at any --flops, curves
-       python scaling.py study --minutes 30    # train.py runs on 4 budgets, fit, predict one 8 times larger, train it
+       python scaling.py study --minutes 30    # train.py on 4 budgets; predict one 8 times larger; train it
        python scaling.py plan --flops 1e21 --gpu h100 --count 8
        python scaling.py mup                   # the best learning rate against width, standard and muP
        python scaling.py noise                 # critical batch size: predicted and measured
        python scaling.py api --parameters 1e7 --flops 1e17     # the assignment's training API, on a simulator
 
 You should see (two cores, CPU)
-@SEE@
+       noise   argmin  parabola  the law  its 90% interval       a
+       0.0%    +12.2%     +3.0%   +0.00%    -0.0% to +0.0%  0.4516
+       0.2%    +78.3%     +4.9%   +2.74%    -1.5% to +7.5%  0.4547
+       1.0%   +104.8%    +11.8%  +14.12%   -7.5% to +43.6%  0.4666
+       FLOPs      loss by size, nats a byte  N*, parabola  N*, law  loss there
+       1e+09  2.87 2.83 2.83 2.83 2.87 2.93         6,936    6,710       2.824
+       3e+09  2.59 2.51 2.48 2.53 2.58 2.65         9,476    9,444       2.501
+       1e+10  2.35 2.33 2.30 2.28 2.33 2.34        15,206   13,737       2.302
+       3e+10 FLOPs, width 56: predicted 2.129 (90% 2.104 to 2.163) | trained 2.100 | +1.4%
 
 Outline  1 the law and its optimum   2 runs, checked   3 IsoFLOP: minima and power laws   4 fitting the law
          5 intervals   6 a training API with a budget   7 real runs in seconds   8 the learning rate: muP
          9 the batch size   10 the study   11 planning and the demo   12 the command line
 
-References  Kaplan et al. 2020 (power laws), McCandlish et al. 2018 (critical batch), Hoffmann et al. 2022 (Chinchilla),
-            Besiroglu et al. 2024 (its replication), Pearce & Song 2024 (Kaplan against Chinchilla), Yang et al.
-            2022 (muP), Schaeffer et al. 2023 (emergence), Muennighoff et al. 2023 (repeated data), Golub &
-            Pereyra 1973 (variable projection).
+References  Kaplan et al. 2020 (power laws), McCandlish et al. 2018 (critical batch), Hoffmann et al. 2022
+            (Chinchilla), Besiroglu et al. 2024 (its replication), Pearce & Song 2024 (Kaplan against
+            Chinchilla), Yang et al. 2022 (muP), Schaeffer et al. 2023 (emergence), Golub & Pereyra 1973
+            (variable projection), Huber 1964.
 """
 import csv
 import json
@@ -84,8 +93,8 @@ class Law:
 
 
 LAWS = {  # published constants, of their authors' data and tokenizers
-    "hoffmann": Law(1.69, 406.4, 0.34, 410.7, 0.28),                 # as printed; the rounding alone biases it
-    "besiroglu": Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658),       # refitted to the points of the same figure
+    "hoffmann": Law(1.69, 406.4, 0.34, 410.7, 0.28),             # as printed; the rounding alone biases it
+    "besiroglu": Law(1.8172, 482.01, 0.3478, 2085.43, 0.3658),   # refitted to the points of their figure
 }
 
 
@@ -100,8 +109,8 @@ def read_runs(path):
     -> [{N, C, D, L}]. ValueError names the row that is odd."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; make one with  python scaling.py study, or give a JSON "
-                                f'list of {{"parameters", "compute_budget", "final_loss"}}')
+        raise FileNotFoundError(f"{path}: no such file; make one with  python scaling.py study, or give a "
+                                f'JSON list of {{"parameters", "compute_budget", "final_loss"}}')
     try:
         text = path.read_text("utf-8")
         rows = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else json.loads(text)
@@ -117,8 +126,8 @@ def read_run(row, where):
         run = {name: float(next(row[k] for k in keys if k in row)) if any(k in row for k in keys) else None
                for name, keys in COLUMNS.items()}
     except (TypeError, ValueError):
-        raise ValueError(f"{where} is {str(row)[:100]}: give numbers for parameters, compute_budget (or tokens) "
-                         f"and final_loss") from None
+        raise ValueError(f"{where} is {str(row)[:100]}: give numbers for parameters, compute_budget (or "
+                         f"tokens) and final_loss") from None
     N, C, D, L = (run[k] for k in "NCDL")
     if N is None or L is None or (C is None and D is None):
         raise ValueError(f"{where} lacks parameters, final_loss, or both of compute_budget and tokens: "
@@ -144,7 +153,7 @@ def clean(runs):
         losses = [r["L"] for r in same]
         if len(same) > 1:
             spread = max(losses) - min(losses)
-            notes.append(f"{len(same)} runs of N={N:.3g}, C={C:.3g}: mean of losses that differ by {spread:.4g}")
+            notes.append(f"{len(same)} runs of N={N:.3g}, C={C:.3g}: their mean, losses {spread:.4g} apart")
     merged = [{**same[0], "L": sum(r["L"] for r in same) / len(same)} for same in kept.values()]
     return sorted(merged, key=lambda r: (r["C"], r["N"])), notes
 
@@ -153,17 +162,17 @@ def columns(runs):
     return tuple(np.array([r[k] for r in runs]) for k in "NCDL")
 
 
-# --- 3. IsoFLOP curves: the best size of each budget, then a power law -------------------------------------------
+# --- 3. IsoFLOP curves: the best size of each budget, then a power law --------------------------------------
 
 def by_budget(runs):
-    """[(C, runs)]: budgets within 1% of each other are one, since steps are whole."""
+    """[(C, runs by size)]: budgets within 1% of each other are one, since steps are whole."""
     groups = []
     for run in sorted(runs, key=lambda r: r["C"]):
         if groups and run["C"] < 1.01 * groups[-1][0]:
             groups[-1][1].append(run)
         else:
             groups.append((run["C"], [run]))
-    return groups
+    return [(C, sorted(group, key=lambda r: r["N"])) for C, group in groups]
 
 
 def isoflop_minima(runs, how="parabola"):
@@ -182,14 +191,15 @@ def isoflop_minima(runs, how="parabola"):
         size, loss = N[best], L[best]
         if how == "parabola":
             if len(set(N)) < 3:
-                size, loss, note = math.nan, math.nan, f"{len(set(N))} sizes are too few for a parabola: 3 or more"
+                size, loss, note = math.nan, math.nan, f"{len(set(N))} sizes are too few for a parabola"
             else:
                 x = np.log(N)
                 p = np.polynomial.Polynomial.fit(x, L, 2).convert()
                 top = p.coef[2] <= 0                       # opens downward: its vertex is the worst size
                 vertex = math.nan if top else -p.coef[1] / (2 * p.coef[2])
                 if top or not x.min() <= vertex <= x.max():
-                    size, loss, note = math.nan, math.nan, "no minimum within its sizes: add smaller or larger ones"
+                    size, loss = math.nan, math.nan
+                    note = "no minimum within its sizes: add smaller or larger ones"
                 else:
                     size, loss = math.exp(vertex), float(p(vertex))
         minima.append({"C": C, "N": float(size), "L": float(loss), "note": note})
@@ -197,9 +207,9 @@ def isoflop_minima(runs, how="parabola"):
 
 
 def curve_minima(curves, budgets):
-    """Hoffmann's approach 1. curves: [(N, losses {FLOPs: loss} while training)] -> [(C, N)]: at each budget the
-    run that is best there. One run serves many budgets, but only with a learning rate that does not decay
-    towards an end it has not reached; else every intermediate loss is too high."""
+    """Hoffmann's approach 1. curves: [(N, losses {FLOPs: loss} while training)] -> [(C, N)]: at each budget
+    the run that is best there. One run serves many budgets, but only with a learning rate that does not
+    decay towards an end it has not reached; else every intermediate loss is too high."""
     found = []
     for C in budgets:
         at = [(loss, N) for N, curve in curves if (loss := interpolate(curve, C)) is not None]
@@ -215,17 +225,18 @@ def interpolate(curve, C):
 
 
 def power_law(x, y):
-    """(k, a) of y = k x^a by least squares in logarithms: relative errors count alike at every scale. In linear
-    space the largest run alone would decide."""
+    """(k, a) of y = k x^a by least squares in logarithms: relative errors count alike at every scale. In
+    linear space the largest run alone would decide."""
     x, y = np.log(np.asarray(x, float)), np.log(np.asarray(y, float))
     ok = np.isfinite(x) & np.isfinite(y)
     if ok.sum() < 2:
-        raise ValueError(f"{ok.sum()} usable points are too few for a power law: 2 or more budgets with a minimum")
+        raise ValueError(f"{ok.sum()} usable points are too few for a power law: "
+                         f"2 or more budgets with a minimum")
     a, b = np.polyfit(x[ok], y[ok], 1)
     return float(np.exp(b)), float(a)
 
 
-# --- 4. fitting the law itself ----------------------------------------------------------------------------------
+# --- 4. fitting the law itself ------------------------------------------------------------------------------
 # theta = (log E, log A, log B, alpha, beta); A and B at the middle of the runs: x and y below are log N and
 # log D less their means. Uncentred, A and alpha are nearly one parameter, and every solver crawls.
 
@@ -247,13 +258,15 @@ def huber(r, delta):
 
 
 def project(x, y, L, rounds=6, grid=24):
-    """Variable projection (Golub & Pereyra 1973): with alpha and beta given, E, A, B are a linear least-squares
-    problem. So search two numbers instead of five, on a grid that narrows: no start to guess. -> theta (5,)"""
+    """Variable projection (Golub & Pereyra 1973): with alpha and beta given, E, A, B are a linear
+    least-squares problem. So search two numbers, not five, on a grid that narrows: no start to guess.
+    -> theta (5,)"""
     low, high = np.array([0.02, 0.02]), np.array([2.0, 2.0])
     for _ in range(rounds):
         alpha, beta = np.meshgrid(*np.linspace(low, high, grid).T, indexing="ij")
+        # (g,g,n,3): the three terms of every run relative to its loss; their sum should be 1
         basis = np.stack(np.broadcast_arrays(np.ones_like(x), np.exp(-alpha[..., None] * x),
-                                             np.exp(-beta[..., None] * y)), -1) / L[:, None]  # (g,g,n,3), relative
+                                             np.exp(-beta[..., None] * y)), -1) / L[:, None]
         normal = np.einsum("ghni,ghnj->ghij", basis, basis) + 1e-12 * np.eye(3)
         c = np.linalg.solve(normal, basis.sum(-2)[..., None])[..., 0]                        # (g,g,3)
         cost = np.square(np.einsum("ghni,ghi->ghn", basis, c) - 1).sum(-1)
@@ -325,8 +338,8 @@ def fit_chinchilla(N, D, L, delta=None, starts=()):
     """(n,) parameters, tokens, losses -> Fit. starts: further starting points (S,5); the lowest end wins.
 
     delta: where squares end. Hoffmann et al. fix 1e-3, which reproduces their figures; None is twice the
-    standard deviation of the noise at hand (Huber 1964: nearly least squares' precision if the noise is normal,
-    and wild runs still cannot pull), not below 1e-3.
+    standard deviation of the noise at hand (Huber 1964: nearly least squares' precision if the noise is
+    normal, and wild runs still cannot pull), not below 1e-3.
     """
     N, D, L = (np.asarray(v, float) for v in (N, D, L))
     if len(N) < 6 or len(set(N)) < 3 or len(set(D)) < 3:
@@ -345,16 +358,17 @@ def fit_chinchilla(N, D, L, delta=None, starts=()):
     return Fit(as_law(theta[best], centre), theta[best], centre, residuals, float(cost[best]), delta)
 
 
-# --- 5. intervals -----------------------------------------------------------------------------------------------
+# --- 5. intervals -------------------------------------------------------------------------------------------
 
 def bootstrap(fit, N, D, replicas=200, seed=0):
-    """Laws fitted to replicas of the runs: the fitted curve plus residuals drawn from the fit's own, scaled by
-    sqrt(n / (n-5)) since five constants have already bent towards them. -> [Law]"""
+    """Laws fitted to replicas of the runs: the fitted curve plus residuals drawn from the fit's own, scaled
+    by sqrt(n / (n-5)) since five constants have already bent towards them. -> [Law]"""
     rng, n = np.random.default_rng(seed), len(N)
     x, y = np.log(N) - fit.centre[0], np.log(D) - fit.centre[1]
     noise = rng.choice(fit.residuals - np.median(fit.residuals), (replicas, n)) * math.sqrt(n / max(1, n - 5))
     clean_curve = predict(fit.theta[None], x, y)[0]
-    theta, _ = refine(np.repeat(fit.theta[None], replicas, 0), x, y, clean_curve + noise, fit.delta, 100, 1e-6)
+    start = np.repeat(fit.theta[None], replicas, 0)
+    theta, _ = refine(start, x, y, clean_curve + noise, fit.delta, 100, 1e-6)
     return [as_law(t, fit.centre) for t in theta]
 
 
@@ -387,7 +401,7 @@ def bootstrap_minima(runs, C, replicas=200, seed=0):
 def non_embedding_exponent(law, sizes=(0.79e6, 1.58e9)):
     """Why Kaplan found N* ~ C^0.73 and Chinchilla C^0.50 (Pearce & Song 2024): Kaplan counted parameters, and
     FLOPs, without embeddings, and small models are mostly embedding. Total = N + 47491 N^(1/3) (their fit of
-    the usual shapes). With FLOPs counted the same way, 6 N D, the size of least loss follows N ~ C^exponent."""
+    the usual shapes). With FLOPs counted the same way, 6 N D, the best size follows N ~ C^exponent."""
     N = np.geomspace(sizes[0] / 10, sizes[1] * 10, 4000)
     total, best = N + 47491 * N ** (1 / 3), []
     for C in np.geomspace(1e12, 1e24, 400):
@@ -397,13 +411,13 @@ def non_embedding_exponent(law, sizes=(0.79e6, 1.58e9)):
     return power_law(*zip(*best))[1]
 
 
-# --- 6. a training API with a budget --------------------------------------------------------------------------------
+# --- 6. a training API with a budget ------------------------------------------------------------------------
 
 class TrainingAPI:
-    """submit(config, reserve) -> job, as the assignment's server has it: every run costs, and the budget ends.
+    """submit(config, reserve) -> job, as the assignment's server has it: every run costs, the budget ends.
 
-    A job reserves what it may cost at most, runs, and gets back what it did not use; a run that exceeds its
-    reservation is stopped, charged in full, and its losses are no result. A config submitted again is answered
+    A job reserves what it may cost at most, runs, and gets back what it did not use; one that cost more than
+    its reservation is charged in full, and its losses are no result. A config submitted again is answered
     from the ledger for nothing. Every change of state is one line of a JSONL file, on the disk before the run
     starts: after a restart the ledger is the truth, and a job cut off by a crash is failed and refunded.
     run: function (config, limit) -> {"loss": float, "cost": float, ...}. Costs in any unit: FLOPs or seconds.
@@ -441,7 +455,8 @@ class TrainingAPI:
         """{total, spent, reserved, left}"""
         spent = sum(j["cost"] for j in self.jobs.values() if j["state"] in ("completed", "failed"))
         reserved = sum(j["reserve"] for j in self.jobs.values() if j["state"] in ("queued", "running"))
-        return {"total": self.total, "spent": spent, "reserved": reserved, "left": self.total - spent - reserved}
+        left = self.total - spent - reserved
+        return {"total": self.total, "spent": spent, "reserved": reserved, "left": left}
 
     def submit(self, config, reserve):
         """Run it now -> the job {id, config, state, cost, loss or error, ...}. ValueError: over budget."""
@@ -453,8 +468,8 @@ class TrainingAPI:
         if not 0 < reserve <= left:
             raise ValueError(f"a reservation of {reserve:.3g} is not within the {left:.3g} left of "
                              f"{self.total:.3g}: submit a smaller run")
-        job = self._record({"id": len(self.jobs) + 1, "config": config, "reserve": float(reserve), "cost": 0.0},
-                           state="queued")
+        job = {"id": len(self.jobs) + 1, "config": config, "reserve": float(reserve), "cost": 0.0}
+        self._record(job, state="queued")
         self._record(job, state="running")
         try:
             result = self.run(config, reserve)
@@ -464,7 +479,7 @@ class TrainingAPI:
             self._record(job, state="failed", cost=0.0, error="interrupted")
             raise
         if not result["cost"] <= reserve:
-            return self._record(job, state="failed", cost=float(reserve), error="over its reservation: stopped")
+            return self._record(job, state="failed", cost=float(reserve), error="over its reservation")
         if not math.isfinite(result["loss"]):
             return self._record(job, state="failed", cost=result["cost"], error=f"loss {result['loss']}")
         return self._record(job, state="completed", **result)
@@ -476,8 +491,8 @@ class TrainingAPI:
 
 
 def simulator(law=LAWS["besiroglu"], noise=0.002, seed=0):
-    """A backend without a GPU: the loss of {"parameters", "tokens"} by a law that the player does not see, with
-    seeded log-normal noise, at 6 N D FLOPs."""
+    """A backend without a GPU: the loss of {"parameters", "tokens"} by a law that the player does not see,
+    with seeded log-normal noise, at 6 N D FLOPs."""
     def run(config, limit):
         N, D = float(config["parameters"]), float(config["tokens"])
         rng = np.random.default_rng([seed, round(1e6 * math.log(N)), round(1e6 * math.log(D))])
@@ -498,7 +513,8 @@ def train_backend(data, out, flags=()):
         began = time.perf_counter()
         done = subprocess.run(argv, capture_output=True, text=True, env=env)
         if done.returncode:
-            raise RuntimeError(f"train.py ended with {done.returncode}: {(done.stderr or done.stdout).strip()[-200:]}")
+            said = (done.stderr or done.stdout).strip()[-200:]
+            raise RuntimeError(f"train.py ended with {done.returncode}: {said}")
         records = [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
         last = [r for r in records if r["kind"] == "val"][-1]
         for file in ("checkpoint.pt", "loss.png"):         # 40 runs would keep 40 optimizers
@@ -510,14 +526,14 @@ def train_backend(data, out, flags=()):
     return run
 
 
-# --- 7. real runs in seconds --------------------------------------------------------------------------------------
+# --- 7. real runs in seconds --------------------------------------------------------------------------------
 # A whole IsoFLOP study needs dozens of runs. This smallest of language models (Bengio et al. 2003: the last 8
 # bytes, an embedding of 16, two hidden layers) makes one in a second, and its curves have the same shape.
 
 class TinyLM(nn.Module):
     """8 bytes (B,8) -> logits of the next one (B,128).      params 2048 + 128 W + W^2 + 128 W"""
     CONTEXT, EMBED, V = 8, 16, 128
-    BASE = 64                                              # up to this width muP and the standard are the same
+    BASE = 64                                              # up to this width muP and the standard agree
 
     def __init__(self, width, mup=True):
         super().__init__()
@@ -529,7 +545,7 @@ class TinyLM(nn.Module):
         with torch.no_grad():
             for layer in (self.first, self.hidden):        # variance 2/fan-in keeps the output's size
                 layer.weight.normal_(0, math.sqrt(2 / layer.weight.shape[1]))
-            # Standard: 1/sqrt(fan-in). muP: 1/fan-in, so that the logits of a wide model start no larger after
+            # Standard: 1/sqrt(fan-in). muP: 1/fan-in, so that the logits of a wide model are no larger once
             # its features have begun to line up with the head.
             self.head.weight.normal_(0, width**-0.5 * (math.sqrt(min(1, self.BASE / width)) if mup else 1))
 
@@ -541,8 +557,8 @@ class TinyLM(nn.Module):
         return self.head(self.features(x))
 
     def groups(self, lr):
-        """Adam's step is lr whatever the gradient. A matrix of fan-in W adds W such steps up, and after training
-        they point the same way: the change of its output grows with W unless lr falls as 1/W (muP, table 8)."""
+        """Adam's step is lr whatever the gradient. A matrix of fan-in W adds up W such steps, which point the
+        same way: the change of its output grows with W unless lr falls as 1/W (Yang et al., table 8)."""
         narrow = lr * (min(1, self.BASE / self.width) if self.mup else 1)
         return [{"params": [self.embedding.weight, self.first.weight], "peak": lr},
                 {"params": [self.hidden.weight, self.head.weight], "peak": narrow}]
@@ -569,7 +585,7 @@ def tiny_batch(text, at):
     return ids[:, :-1], ids[:, -1]
 
 
-def tiny_run(width, examples, text, lr=2**-6, mup=True, batch=128, seed=0, target=None):
+def tiny_run(width, examples, text, lr=2**-6, mup=True, batch=64, seed=0, target=None):
     """Train on `examples` bytes -> (held-out loss in nats a byte, model, steps). target: stop at this loss of
     the running mean; steps is None if it was not reached."""
     torch.manual_seed(seed)
@@ -612,7 +628,7 @@ def tiny_isoflop(budgets, widths, text, seeds=2):
     return runs
 
 
-# --- 8. the learning rate against width -------------------------------------------------------------------------------
+# --- 8. the learning rate against width ---------------------------------------------------------------------
 
 def learning_rate_table(text, widths=(64, 256), rates=range(-11, -2), steps=150, seeds=1):
     """{(width, muP?): {log2 rate: loss}}"""
@@ -622,8 +638,8 @@ def learning_rate_table(text, widths=(64, 256), rates=range(-11, -2), steps=150,
 
 
 def coordinate_check(text, widths=(64, 128, 256, 512, 1024), steps=5, lr=2**-7, seeds=3):
-    """{muP?: slope of log|logits| against log width after a few steps}. Near 0: every width starts learning the
-    same function at the same speed, which is what lets a learning rate be carried over (Yang et al. 2022)."""
+    """{muP?: slope of log|logits| against log width after a few steps}. Near 0: every width starts to learn
+    the same function at the same speed, which is what lets a learning rate be carried over."""
     slopes = {}
     for mup in (False, True):
         sizes = []
@@ -645,19 +661,19 @@ def show_mup(args):
         best = min(losses, key=losses.get)
         rows.append([f"{'muP' if mup else 'standard'}, width {width}", *(f"{losses[k]:.3f}" for k in rates),
                      f"2^{best}"])
-    M.table(f"Held-out loss, nats a byte, after 150 steps of 64, mean of {args.seeds} seeds, by learning rate",
+    M.table(f"Held-out loss, nats a byte, after 150 steps of 64, by learning rate ({args.seeds} seeds)",
             ["", *(f"2^{k}" for k in rates), "best"], rows)
     slopes = coordinate_check(text)
     print(f"\nCoordinate check: |logits| after 5 steps grows as width^{slopes[False]:+.2f} in the standard "
           f"parametrisation, width^{slopes[True]:+.2f} in muP")
 
 
-# --- 9. the batch size ----------------------------------------------------------------------------------------------------
+# --- 9. the batch size --------------------------------------------------------------------------------------
 
 def noise_scale(small_sq, big_sq, b_small, b_big):
-    """tr(cov of one example's gradient) / |mean gradient|^2 from the mean squared norms of gradients at two batch
-    sizes (McCandlish et al. 2018): E|g_B|^2 = |G|^2 + tr(cov)/B, twice, solved for both. Average the squared
-    norms over many steps first: a mean of ratios is biased."""
+    """tr(cov of one example's gradient) / |mean gradient|^2 from the mean squared norms of gradients at two
+    batch sizes (McCandlish et al. 2018): E|g_B|^2 = |G|^2 + tr(cov)/B, twice, solved for both. Average the
+    squared norms over many steps first: a mean of ratios is biased."""
     g_sq = (b_big * big_sq - b_small * small_sq) / (b_big - b_small)
     trace = (small_sq - big_sq) / (1 / b_small - 1 / b_big)
     return trace / g_sq if g_sq > 0 else math.inf
@@ -675,8 +691,8 @@ def measured_noise(net, text, b_small=16, b_big=1024, draws=40, seed=0):
 
 
 def critical_batch(batches, steps):
-    """Steps S to one loss at several batch sizes B -> (S_min, E_min, B_crit) of  S = S_min + E_min / B, which is
-    (S/S_min - 1)(E/E_min - 1) = 1 with E = B S. Least squares on relative errors."""
+    """Steps S to one loss at several batch sizes B -> (S_min, E_min, B_crit) of  S = S_min + E_min / B, which
+    is (S/S_min - 1)(E/E_min - 1) = 1 with E = B S. Least squares on relative errors."""
     B, S = np.asarray(batches, float), np.asarray(steps, float)
     X = np.stack([np.ones_like(B), 1 / B], 1) / S[:, None]
     (s_min, e_min), *_ = np.linalg.lstsq(X, np.ones_like(S), rcond=None)
@@ -684,21 +700,24 @@ def critical_batch(batches, steps):
 
 
 def show_noise(args):
-    """Both ways to the critical batch size: from the gradients, and from runs to one loss, each at the best of
-    three rates (a rate fixed for all sizes would favour one of them)."""
+    """Both ways to the critical batch size: from the gradients, and from runs to one loss, each at the best
+    of three rates (a rate fixed for all sizes would favour one of them)."""
     text, rows, steps = tiny_text(), [], []
     for batch in args.batches:
-        found = [tiny_run(64, batch * 3000, text, 2.0**k, batch=batch, target=args.target)[2] for k in (-8, -7, -6)]
+        found = [tiny_run(64, batch * 3000, text, 2.0**k, batch=batch, target=args.target)[2]
+                 for k in (-8, -7, -6)]
         found = [s for s in found if s]
         if not found:
-            raise ValueError(f"--target {args.target} was not reached in 3,000 steps of {batch}: try a higher one")
+            raise ValueError(f"--target {args.target} was not reached in 3,000 steps of {batch}: "
+                             f"try --target {args.target + 0.2:.1f}")
         steps.append(min(found))
         rows.append([str(batch), f"{steps[-1]:,}", f"{steps[-1] * batch:,}"])
     s_min, e_min, crit = critical_batch(args.batches, steps)
-    M.table(f"Steps and examples to a training loss of {args.target} nats a byte", ["batch", "steps", "examples"], rows)
+    M.table(f"Steps and examples to a training loss of {args.target} nats a byte",
+            ["batch", "steps", "examples"], rows)
     net = tiny_run(64, 64 * 3000, text, 2**-7, batch=64, target=args.target)[1]
-    print(f"\nS_min {s_min:,.0f} steps, E_min {e_min:,.0f} examples: critical batch size {crit:,.0f}; gradient noise "
-          f"scale at that loss {measured_noise(net, text):,.0f} (predicts its order of magnitude, without a sweep)")
+    print(f"\nS_min {s_min:,.0f} steps, E_min {e_min:,.0f} examples: critical batch size {crit:,.0f}; "
+          f"gradient noise scale there {measured_noise(net, text):,.0f} (the order of magnitude, no sweep)")
 
 
 @torch.no_grad()
@@ -706,11 +725,11 @@ def exact_match(net, val, length=8, windows=3000):
     """(share of next bytes guessed right, share of windows with `length` of them in a row right)."""
     starts = torch.linspace(0, len(val) - 9 - length, windows).long()
     right = torch.stack([net(x).argmax(-1) == y for x, y in
-                         (tiny_batch(val, starts + i) for i in range(length))])             # (length, windows)
+                         (tiny_batch(val, starts + i) for i in range(length))])            # (length,windows)
     return right.float().mean().item(), right.all(0).float().mean().item()
 
 
-# --- 10. the study ----------------------------------------------------------------------------------------------------------
+# --- 10. the study ------------------------------------------------------------------------------------------
 
 def shape(d):
     """A family of one proportion: layers and heads follow the width, so that size is one number."""
@@ -729,7 +748,7 @@ def study_config(config, vocab_size=512):
 
 def cost_parameters(d):
     """FLOPs a training token / 6: the N for which C = 6 N D is exact, head and attention scores included. At
-    these sizes the usual counts, with or without embeddings, are off by a factor (as DeepSeek LLM 2024 argues)."""
+    these sizes the usual counts, with or without embeddings, are off by a factor (DeepSeek LLM 2024)."""
     return 3 * sum(M.flops_per_token(study_config(shape(d))).values()) / 6
 
 
@@ -740,8 +759,8 @@ def choose_widths(C, centre, count):
 
 
 def study(args):
-    """Four budgets, each twice the one before; the sizes of each centred where the ones before point; then the
-    prediction for 8 times the largest, which is trained to see."""
+    """Four budgets, each twice the one before; the sizes of each centred where the ones before point; then
+    the prediction for 8 times the largest, which is trained to see."""
     out = Path(args.out)
     bpe.prepare(out, args.data, vocab_size=512)
     available = bpe.token_info(out / "train.bin")["tokens"]
@@ -750,20 +769,20 @@ def study(args):
     run = train_backend(out, out / "runs", flags)
     largest, api = plan_study(args, run, out)
     runs, centre = [], 0.4 * math.sqrt(largest / 8 / 6)
-    print(f"study: budgets {', '.join(f'{largest / k:.2e}' for k in (8, 4, 2, 1))}, then {8 * largest:.2e} FLOPs")
-    for k in (8, 4, 2, 1):
-        C = largest / k
-        for d in choose_widths(C, centre, 6 if k == 8 else 5):
+    budgets = [largest / k for k in (8, 4, 2, 1)]
+    print(f"study: budgets {', '.join(f'{C:.2e}' for C in budgets)}, then {8 * largest:.2e} FLOPs")
+    for C in budgets:
+        for d in choose_widths(C, centre, 6 if C == budgets[0] else 5):
             job = api.submit({**shape(d), "tokens": int(C / 6 / cost_parameters(d))}, 1.02 * C)
             if job["state"] == "completed":
                 runs.append({"N": job["parameters"], "C": job["cost"], "D": job["tokens"], "L": job["loss"]})
-                print(f"  C {C:.2e}  width {d:>3}  N {job['parameters']:>9,.0f}  D {job['tokens']:>9,}  loss "
-                      f"{job['loss']:.4f}  {job['seconds']:.0f} s{'  (known)' if job.get('duplicate') else ''}", flush=True)
+                result = (f"N {job['parameters']:>9,.0f}  D {job['tokens']:>9,}  loss {job['loss']:.4f}  "
+                          f"{job['seconds']:.0f} s{'  (known)' if job.get('duplicate') else ''}")
             else:
-                print(f"  C {C:.2e}  width {d:>3}  {job['state']}: {job['error']}", flush=True)
-        minima = [m for m in isoflop_minima(runs) if m["N"] > 0]
-        best = minima[-1]["N"] if minima else min((r for r in runs if r["C"] > 0.9 * C), key=lambda r: r["L"])["N"]
-        centre = best * math.sqrt(2)
+                result = f"{job['state']}: {job['error']}"
+            print(f"  C {C:.2e}  width {d:>3}  {result}", flush=True)
+        minima = [m["N"] for m in isoflop_minima(runs) if m["N"] > 0]
+        centre = (minima[-1] if minima else min(runs, key=lambda r: r["L"])["N"]) * math.sqrt(2)
     check_prediction(args, api, runs, 8 * largest, available)
 
 
@@ -785,7 +804,8 @@ def check_prediction(args, api, runs, C, available):
     """Fit, predict, train, compare; runs.json and study.png."""
     out = Path(args.out)
     Path(out, "runs.json").write_text(json.dumps(
-        [{"parameters": r["N"], "tokens": r["D"], "compute_budget": r["C"], "final_loss": r["L"]} for r in runs]))
+        [{"parameters": r["N"], "tokens": r["D"], "compute_budget": r["C"], "final_loss": r["L"]}
+         for r in runs]))
     runs, notes = clean(runs)
     N, _, D, L = columns(runs)
     fit = fit_chinchilla(N, D, L)
@@ -795,19 +815,19 @@ def check_prediction(args, api, runs, C, available):
     size = cost_parameters(d)
     tokens = int(C / 6 / size)
     predicted, low, high = fit.law.loss(size, tokens), *interval([law.loss(size, tokens) for law in replicas])
-    print(f"\nThe large run: width {d}, N {size:,.0f}, D {tokens:,} ({tokens / available:.1f} epochs); predicted loss "
-          f"{predicted:.4f}, 90% {low:.4f} to {high:.4f}. Training it ...", flush=True)
+    print(f"\nThe large run: width {d}, N {size:,.0f}, D {tokens:,} ({tokens / available:.1f} epochs); "
+          f"predicted loss {predicted:.4f}, 90% {low:.4f} to {high:.4f}. Training it ...", flush=True)
     job = api.submit({**shape(d), "tokens": tokens}, 1.02 * C)
     if job["state"] != "completed":
         raise ValueError(f"the large run failed: {job['error']}")
-    print(f"predicted {predicted:.4f} | actual {job['loss']:.4f} | error {predicted / job['loss'] - 1:+.2%} of the "
-          f"loss, {8:.0f} times the compute of the largest run that was fitted")
+    print(f"predicted {predicted:.4f} | actual {job['loss']:.4f} | error {predicted / job['loss'] - 1:+.2%} "
+          f"of the loss, at 8 times the compute of the largest run that was fitted")
     plot_runs(out / "study.png", runs, fit, replicas, (C, size, job["loss"]))
 
 
-# --- 11. planning and the demo ------------------------------------------------------------------------------------------------
+# --- 11. planning and the demo ------------------------------------------------------------------------------
 
-PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}   # bf16 FLOP/s, dense; vendors' data sheets
+PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}   # bf16 FLOP/s, dense; data sheets
 
 
 def plan(args):
@@ -821,7 +841,8 @@ def plan(args):
             print(f"note: {note}")
         reach = args.flops / max(r["C"] for r in runs)
         if reach > 100:
-            print(f"note: {reach:,.0f} times beyond the largest run: the interval knows noise, not a bend of the law")
+            print(f"note: {reach:,.0f} times beyond the largest run: the interval knows noise, not whether "
+                  f"the law bends")
     N, D = law.optimum(args.flops)
     source = f"{args.runs} ({len(runs)} runs)" if args.runs else f"the published constants of {args.law}"
 
@@ -856,9 +877,9 @@ def show_fit(runs, notes, fit, replicas, budgets):
         N, D = fit.law.optimum(C)
         optima = [law.optimum(C) for law in replicas]
         losses = [law.loss(*o) for law, o in zip(replicas, optima)]
-        rows.append([f"{C:.2e}", "the law", f"{N:.3e}", "{:.2e} to {:.2e}".format(*interval([n for n, _ in optima])),
-                     f"{D:.3e}", f"{D / N:.1f}", f"{fit.law.loss(N, D):.4f}",
-                     "{:.3f} to {:.3f}".format(*interval(losses))])
+        rows.append([f"{C:.2e}", "the law", f"{N:.3e}",
+                     "{:.2e} to {:.2e}".format(*interval([n for n, _ in optima])), f"{D:.3e}", f"{D / N:.1f}",
+                     f"{fit.law.loss(N, D):.4f}", "{:.3f} to {:.3f}".format(*interval(losses))])
         for how in ("parabola", "argmin"):
             rows.append([f"{C:.2e}", how, *minima_row(runs, C, how), "", ""])
     M.table("Compute-optimal (90% intervals; trust the law first, argmin last)",
@@ -894,9 +915,11 @@ def plot_runs(path, runs, fit, replicas, target=None):
         left.semilogx(best[0], fit.law.loss(*best), "k+", ms=9)
     left.set(xlabel="N, parameters (FLOPs a token / 6)", ylabel="held-out loss, nats a token",
              title="IsoFLOP curves: runs and the fitted law")
-    budgets = np.geomspace(min(r["C"] for r in runs) / 2, (target[0] if target else max(r["C"] for r in runs)) * 2, 40)
+    largest = target[0] if target else max(r["C"] for r in runs)
+    budgets = np.geomspace(min(r["C"] for r in runs) / 2, 2 * largest, 40)
     bands = np.array([[law.optimum(C)[0] for C in budgets] for law in replicas])
-    right.fill_between(budgets, *np.nanquantile(bands, [0.05, 0.95], axis=0), alpha=0.25, label="90% interval")
+    low, high = np.nanquantile(bands, [0.05, 0.95], axis=0)
+    right.fill_between(budgets, low, high, alpha=0.25, label="90% interval")
     right.loglog(budgets, [fit.law.optimum(C)[0] for C in budgets], label=f"N* ~ C^{fit.law.exponent:.2f}")
     minima = [m for m in isoflop_minima(runs) if m["N"] > 0]
     right.loglog([m["C"] for m in minima], [m["N"] for m in minima], "o", label="parabola minima")
@@ -937,7 +960,8 @@ def demo_planted(law=LAWS["hoffmann"], C=5.76e23):
         low, high = interval([other.optimum(C)[0] / true - 1 for other in bootstrap(fit, N, D)])
         rows.append([*row, f"{fit.law.optimum(C)[0] / true - 1:+.2%}", f"{low:+.1%} to {high:+.1%}",
                      f"{fit.law.exponent:.4f}", f"{fit.law.E:.3f}", f"{fit.law.A:.0f}", f"{fit.law.B:.0f}"])
-    rows.append(["truth", "", "", "", "", f"{law.exponent:.4f}", f"{law.E:.3f}", f"{law.A:.0f}", f"{law.B:.0f}"])
+    rows.append(["truth", "", "", "", "", f"{law.exponent:.4f}", f"{law.E:.3f}", f"{law.A:.0f}",
+                 f"{law.B:.0f}"])
     M.table(f"1. A planted law: error of the best size at {C:.3g} FLOPs, from 72 runs of 6e18 to 3e21",
             ["noise", "argmin", "parabola", "the law", "its 90% interval", "a", "E", "A", "B"], rows)
     print("   A and B wander together; the exponent and the optimum stay. Judge a fit by what it predicts.")
@@ -952,8 +976,9 @@ def demo_published():
                      f"{D14 / 1e9:.0f}B", f"{non_embedding_exponent(law):.2f}"])
     rows.append(["rule D = 20 N", "0.500", f"{math.sqrt(5.76e23 / 120) / 1e9:.1f}B",
                  f"{20 * math.sqrt(5.76e23 / 120) / 1e12:.2f}T", "20", "28B", ""])
-    M.table("2. Published laws at Chinchilla's budget, 5.76e23 FLOPs (it was 70B and 1.4T); what 1.4B parameters want; "
-            "and Kaplan's view", ["", "a", "N*", "D*", "D/N", "for 1.4B", "a without embeddings"], rows)
+    M.table("2. Published laws at Chinchilla's budget, 5.76e23 FLOPs (it was 70B and 1.4T); the tokens that "
+            "1.4B parameters want; Kaplan's view",
+            ["", "a", "N*", "D*", "D/N", "1.4B want", "a without embeddings"], rows)
 
 
 BUDGETS = (1e9, 3e9, 1e10)
@@ -971,8 +996,8 @@ def demo_real(out):
     for (C, group), minimum in zip(by_budget(runs), isoflop_minima(runs)):
         rows.append([f"{C:.0e}", " ".join(f"{r['L']:.2f}" for r in group), f"{minimum['N']:,.0f}",
                      f"{fit.law.optimum(C)[0]:,.0f}", f"{minimum['L']:.3f}"])
-    M.table(f"3. {len(runs)} real runs (a byte model of {N.min():,.0f} to {N.max():,.0f} parameters on the standard "
-            f"library, {time.perf_counter() - began:.0f} s)",
+    M.table(f"3. Real runs (a byte model of {N.min():,.0f} to {N.max():,.0f} parameters on the standard "
+            f"library, {2 * len(runs)} runs, two seeds each, {time.perf_counter() - began:.0f} s)",
             ["FLOPs", "loss by size, nats a byte", "N*, parabola", "N*, law", "loss there"], rows)
     C = 3e10
     width = min(range(8, 257, 4), key=lambda w: abs(math.log(tiny_params(w) / fit.law.optimum(C)[0])))
@@ -983,12 +1008,12 @@ def demo_real(out):
     predicted = fit.law.loss(size, tokens)
     print(f"   exponent a = {fit.law.exponent:.2f}, 90% "
           "{:.2f} to {:.2f}".format(*interval([law.exponent for law in replicas])))
-    print(f"   {C:.0e} FLOPs, width {width}: predicted {predicted:.3f} (90% {low:.3f} to {high:.3f}) | trained "
-          f"{actual:.3f} | {predicted / actual - 1:+.1%}")
+    print(f"   {C:.0e} FLOPs, width {width}: predicted {predicted:.3f} (90% {low:.3f} to {high:.3f}) | "
+          f"trained {actual:.3f} | {predicted / actual - 1:+.1%}")
     small = tiny_run(8, 30_000, text)[1]
     (p0, k0), (p1, k1) = (exact_match(n, text[1]) for n in (small, net))
-    print(f"   emergence? next byte right {p0:.0%} -> {p1:.0%}, eight in a row right {k0:.1%} -> {k1:.1%}: the jump is "
-          f"in the metric, the loss is smooth")
+    print(f"   emergence? next byte right {p0:.0%} -> {p1:.0%}, eight in a row {k0:.1%} -> {k1:.1%}: a jump "
+          f"in the metric, where the loss is smooth")
     plot_runs(Path(out, "scaling.png"), runs, fit, replicas, (C, size, actual))
 
 
@@ -998,7 +1023,7 @@ def demo(args):
     demo_real(args.out)
 
 
-# --- 12. the command line -------------------------------------------------------------------------------------------------------
+# --- 12. the command line -----------------------------------------------------------------------------------
 
 def fit_file(args):
     runs, notes = clean(read_runs(args.file))
@@ -1020,7 +1045,8 @@ def use_api(args):
         law = LAWS["besiroglu"]
         best = law.loss(*law.optimum(args.budget * 10))
         print(json.dumps(api.final_submission({"parameters": N, "tokens": D}, loss)))
-        print(f"at ten times the budget: your size gives {law.loss(N, D):.4f} (you said {loss:.4f}), the best {best:.4f}")
+        print(f"at ten times the budget: your size gives {law.loss(N, D):.4f} (you said {loss:.4f}), "
+              f"the best {best:.4f}")
     elif args.parameters:
         C = args.flops or args.budget / 50
         config = {"parameters": args.parameters, "tokens": round(C / 6 / args.parameters)}
@@ -1068,7 +1094,7 @@ def parse_args(argv=None):
     add("--widths", type=int, nargs="+", default=[64, 256, 1024], help="hidden widths")
     add("--seeds", type=int, default=1, help="runs averaged in each cell")
     add = command("noise", show_noise, "the critical batch size")
-    add("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512], help="batch sizes, examples")
+    add("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512], help="sizes, examples")
     add("--target", type=positive, default=2.5, help="training loss to reach, nats a byte")
     add = command("api", use_api, "submit a run to the simulated training API")
     add("--budget", type=positive, default=1e19, help="of all runs together, FLOPs")
@@ -1080,6 +1106,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
+    torch.set_num_threads(1)                               # products of 64 rows: a second thread only waits
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         args.run(args)

@@ -11,6 +11,7 @@ Equations
        loss           = mean over tokens of -ln p(token | before)
        bits per byte  = sum of losses / ln 2 / bytes
        AdamW          m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w -= lr (m' / (sqrt(v') + eps) + decay w)
+       SOAP           AdamW on QL^T g QR, the step turned back; QL, QR the eigenvectors of mean g g^T, g^T g
        Muon           m = mu m + g;  w -= lr (0.2 sqrt(max(rows, cols)) U V^T + decay w),  g + mu m = U S V^T
        schedule       a line up over the warm-up, then  cosine: half a cosine down  or  wsd: flat, then a line
        gradient noise B_noise = tr(covariance of one sequence's gradient) / |mean gradient|^2
@@ -21,6 +22,8 @@ Run    python train.py                                   # under 5 minutes on tw
        python train.py --data DIR --preset gpt2          # your files: .txt, .jsonl(.gz), ... or token files
        python train.py --resume                          # go on after Ctrl-C, kill -9 or a power cut
        python train.py --ablate                          # what each part is worth: one table, one plot
+       python train.py --bakeoff                         # the architectures at equal FLOPs: table and plot
+       python train.py --tokenizer bytes                 # no tokenizer: 257 ids, four times the positions
        python train.py --sweep lr=0.01,0.02 --minutes 1  # any grid over any flags
 
 You should see (two cores, CPU)
@@ -37,12 +40,13 @@ You should see (two cores, CPU)
          1.416 bits/byte: below every compressor
 
 Outline  1 optimizers     2 schedules, clipping     3 batches: no token twice     4 evaluation
-         5 resources      6 the loop                7 the report                    8 sweeps and ablations
-         9 the command line
+         5 resources      6 the loop                7 the report
+         8 sweeps, ablations, bake-off              9 the command line
 
-References  Loshchilov & Hutter 2019 (AdamW), Jordan et al. 2024 and Liu et al. 2025 (Muon), Loshchilov &
-            Hutter 2017 (cosine), Hu et al. 2024 (WSD), Pascanu et al. 2013 (clipping), McCandlish et al. 2018
-            (gradient noise scale), Chen et al. 2016 (activation checkpointing), Chowdhery et al. 2022 (MFU).
+References  Loshchilov & Hutter 2019 (AdamW), Jordan et al. 2024 and Liu et al. 2025 (Muon), Vyas et al. 2024
+            (SOAP), Yang et al. 2022 (muP), Loshchilov & Hutter 2017 (cosine), Hu et al. 2024 (WSD), Pascanu
+            et al. 2013 (clipping), McCandlish et al. 2018 (gradient noise scale), Chen et al. 2016
+            (activation checkpointing), Chowdhery et al. 2022 (MFU).
 """
 import argparse
 import bz2
@@ -167,6 +171,50 @@ def orthogonalise(g, steps=5):
     return (x.mT if tall else x).to(g.dtype)
 
 
+class SOAP(torch.optim.Optimizer):
+    """Adam in the eigenbasis of Shampoo (Vyas et al. 2024) in groups with soap=True, else AdamW.
+
+    Adam divides coordinate by coordinate, so it depends on which coordinates the weights happen to have. The
+    eigenvectors of mean g g^T and mean g^T g are the gradients' own: there the coordinates are least mixed.
+    Turn the weights of a problem, and SOAP takes the same path, turned. 2 rc + 2 (r^2 + c^2) states a matrix
+    of r x c, and two products of r r c and r c c a step more; the basis follows every `every` steps.
+    """
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, every=10):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, every=every,
+                                      soap=False))
+
+    @torch.no_grad()
+    def step(self):
+        for group, p in weights_with_gradient(self):
+            if group["soap"]:
+                soap_update(p, self.state[p], group)
+            else:
+                adamw_update(p, self.state[p], group)
+
+
+def soap_update(p, state, group):
+    """One matrix, or a stack of them. L and R average g g^T and g^T g; m is kept unturned, v turned. The
+    first gradient only finds the basis: there it is diagonal, and Adam would blow up the rounding beside."""
+    g, (b1, b2) = p.grad, group["betas"]
+    outer = g @ g.mT, g.mT @ g
+    if not state:
+        state.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p), L=outer[0], R=outer[1],
+                     QL=torch.linalg.eigh(outer[0])[1], QR=torch.linalg.eigh(outer[1])[1])
+        return
+    state["t"] += 1
+    t, QL, QR = state["t"], state["QL"], state["QR"]
+    state["m"].lerp_(g, 1 - b1)
+    turned = QL.mT @ g @ QR
+    state["v"].mul_(b2).addcmul_(turned, turned, value=1 - b2)
+    size = (state["v"] / (1 - b2**t)).sqrt_().add_(group["eps"])
+    p.mul_(1 - group["lr"] * group["weight_decay"])
+    p.sub_(QL @ (QL.mT @ state["m"] @ QR / size) @ QR.mT, alpha=group["lr"] / (1 - b1**t))
+    for side, new in zip("LR", outer):
+        state[side].lerp_(new, 1 - b2)
+        if t % group["every"] == 0:       # one step of the power method: the basis moves little between steps
+            state["Q" + side] = torch.linalg.qr(state[side] @ state["Q" + side])[0]
+
+
 def weights_with_gradient(optimizer):
     """(group, p) for every parameter that took part in the loss."""
     return ((g, p) for g in optimizer.param_groups for p in g["params"] if p.grad is not None)
@@ -176,22 +224,34 @@ def make_optimizer(model, s):
     """Four parameter groups; `scale` multiplies the schedule's rate. Only hidden matrices decay: a gain
     near 1, or an embedding row that is rarely visited, should not be pulled to zero. Embeddings start at
     size 1 and meet their token rarely, so they take a higher rate: 1, 10 and 30 times that of the matrices
-    gave 1.779, 1.735 and 1.715 bits per byte after 200,000 tokens (--sweep embedding_lr=1,10,30)."""
+    gave 1.779, 1.735 and 1.715 bits per byte after 200,000 tokens (--sweep embedding_lr=1,10,30).
+
+    --mup_base W: rates found at width W serve any width m W whose heads keep their size (Yang et al. 2022). A
+    step of Adam changes every weight by about lr, and all d_in changes of a row point one way: what they
+    add to an output grows with d_in, hence lr / m. Muon's step is m^(1/2) too large by its own scale."""
+    if s.mup_base and (s.optimizer == "sgd" or model.config.tie_embeddings):
+        raise ValueError(f"--mup_base {s.mup_base} is for muon, adamw and soap with an output matrix of its "
+                         f"own: try --optimizer adamw --no-tie_embeddings")
+    m = model.config.d_model / s.mup_base if s.mup_base else 1.0
+    matrix = 1 / m if s.optimizer != "muon" else m ** -0.5
     hidden, head, embeddings, vectors = [], [], [], []
     for name, p in model.named_parameters():
-        kind = (vectors if p.dim() < 2 else hidden if name.startswith("blocks.") else
+        kind = (vectors if p.dim() < 2 else hidden if name.startswith(("blocks.", "mtp.")) else
                 head if name.startswith("head.") else embeddings)
         kind.append(p)
-    groups = [dict(params=hidden, scale=1.0, muon=s.optimizer == "muon"),
-              dict(params=head, scale=s.head_lr, weight_decay=0.0),
+    groups = [dict(params=hidden, scale=matrix, weight_decay=s.weight_decay / matrix),  # the pull: lr decay
+              dict(params=head, scale=s.head_lr / m, weight_decay=0.0),
               dict(params=embeddings, scale=s.embedding_lr, weight_decay=0.0),
               dict(params=vectors, scale=1.0, weight_decay=0.0)]
     groups = [g for g in groups if g["params"]]
     if s.optimizer == "sgd":
         return SGD([{k: g[k] for k in ("params", "scale")} for g in groups], s.lr, s.beta1)
     if s.optimizer == "adamw":
-        return AdamW(groups, s.lr, (s.beta1, s.beta2), weight_decay=s.weight_decay)
-    return Muon(groups, s.lr, s.momentum, (s.beta1, s.beta2), weight_decay=s.weight_decay)
+        return AdamW(groups, s.lr, (s.beta1, s.beta2))
+    groups[0][s.optimizer] = True                          # hidden matrices
+    if s.optimizer == "soap":
+        return SOAP(groups, s.lr, (s.beta1, s.beta2))
+    return Muon(groups, s.lr, s.momentum, (s.beta1, s.beta2))
 
 
 # --- 2. schedules and clipping ------------------------------------------------------------------------------
@@ -355,8 +415,9 @@ def matmul_flops(device, dtype="fp32", repeats=7):
 def memory_plan(c, s):
     """{what: bytes} at the peak of a step: after the forward pass, when the logits' gradient appears."""
     parts, n = M.count_params(c), M.num_params(c)
-    hidden = parts["attention"] + parts["ffn"]             # Muon keeps one state for these, AdamW two for all
-    states = {"sgd": n, "adamw": 2 * n, "muon": 2 * n - hidden}[s.optimizer]
+    hidden = parts["attention"] + parts["ffn"] + parts.get("mtp", 0)
+    # Muon keeps one state for these, AdamW two for all, SOAP six if they are square and more if oblong.
+    states = {"sgd": n, "adamw": 2 * n, "muon": 2 * n - hidden, "soap": 2 * n + 4 * hidden}[s.optimizer]
     kept = M.activation_bytes(c, s.micro_batch or s.batch_size, checkpoint_blocks=s.checkpoint_blocks)
     return {"weights": 4 * n, "gradients": 4 * n, "optimizer": 4 * states, "activations": sum(kept.values()),
             "gradient of logits": kept["logits"]}
@@ -365,7 +426,7 @@ def memory_plan(c, s):
 def describe(c, s, device, dtype, train_tokens, tokenizer):
     """Print everything that can be known before step 0; returns the memory plan."""
     micro, batch = s.micro_batch or s.batch_size, s.batch_size * c.context_length
-    flops, plan, rate = 3 * sum(M.flops_per_token(c).values()), memory_plan(c, s), matmul_flops(device, dtype)
+    flops, plan, rate = M.train_flops(c, 1), memory_plan(c, s), matmul_flops(device, dtype)
     expected = 0.5 * rate / flops                          # tokens/s, if half of the product's speed remains
     steps = total_steps(s, c)
     tokens = steps * batch if steps else s.minutes * 60 * expected
@@ -431,7 +492,7 @@ class Run:
         self.micro = s.micro_batch or s.batch_size
         self.batches = Batches(train_tokens, self.config.context_length, s.seed)
         self.token_bytes = token_bytes(tokenizer)
-        self.flops = 3 * sum(M.flops_per_token(self.config).values())      # a token, forward and backward
+        self.flops = M.train_flops(self.config, 1)         # a token, forward and backward
         self.steps = total_steps(s, self.config)
         self.step, self.sequences, self.elapsed, self.bad_steps, self.first_val = 0, 0, 0.0, 0, None
         self.noise = [0.0, 0.0]                            # mean |g|^2 of one micro-batch, and of the batch
@@ -484,8 +545,7 @@ class Run:
         for i in range(parts):
             x, y = self.batches(self.sequences + i * self.micro, self.micro, self.device)
             with self.autocast():
-                logits = self.forward(x)
-            ce, objective = M.lm_loss(logits, y, self.s.z_loss)
+                ce, objective = M.training_loss(self.forward, x, y, self.s.z_loss)
             (objective / parts).backward()
             total = total + ce.detach() / parts
             if self.s.noise_scale and i == 0:              # |gradient of the first micro-batch alone|^2
@@ -505,6 +565,7 @@ class Run:
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite:
             self.optimizer.step()
+            self.model.balance_experts()                   # only where --balance bias asks for it
         self.optimizer.zero_grad(set_to_none=True)
         self.bad_steps = 0 if finite else self.bad_steps + 1
         if s.noise_scale and finite:                       # running means, over the last 100 steps or so
@@ -689,7 +750,7 @@ def plot(path, log_path, run, others):
     plt.close(fig)
 
 
-# --- 8. many runs: sweeps and ablations ---------------------------------------------------------------------
+# --- 8. many runs: sweeps, ablations, the bake-off ----------------------------------------------------------
 
 def run_many(name, variants, seeds, s, data):
     """[(label, {flag: value})] -> {label: [one record a seed]}. Every finished run is a line of
@@ -707,7 +768,8 @@ def run_many(name, variants, seeds, s, data):
     jobs = [(label, change, seed) for seed in seeds for label, change in variants]
     results, start, fresh = {}, time.perf_counter(), 0
     for i, (label, change, seed) in enumerate(jobs):
-        changed = argparse.Namespace(**{**vars(s), "seed": seed, **change, "ablate": False, "sweep": None})
+        changed = argparse.Namespace(**{**vars(s), "seed": seed, **change, "ablate": False, "bakeoff": False,
+                                        "sweep": None})
         settled = {k: v for k, v in vars(changed).items() if k not in ("out", "resume")}
         key = json.dumps(dict(settled, tokenizer_hash=data[0].hash()), sort_keys=True)
         changed.out = os.path.join(folder, f"{zlib.crc32(key.encode()):08x}")
@@ -810,6 +872,66 @@ def ablate(s, data):
     print(f"saved {os.path.join(s.out, 'ablate.png')}")
 
 
+# The architectures. All read the same text in the same order, and stop when the FLOPs are spent.
+BAKEOFF = [
+    ("attention", {}),
+    ("multi-query attention", dict(num_kv_heads=1)),
+    ("3 local layers of 64, 1 global", dict(layers="LLLG", window=64)),
+    ("keys of layer 1 for 2, of 3 for 4", dict(layers="GC")),
+    ("latent attention (MLA)", dict(mixer="mla")),
+    ("linear attention", dict(mixer="linear")),
+    ("3 linear, 1 attention", dict(layers="RRRG")),
+    ("Mamba", dict(mixer="mamba")),
+    ("3 Mamba, 1 attention", dict(layers="MMMG")),
+    ("Hyena", dict(mixer="hyena")),
+    ("8 experts, 2 active", dict(num_experts=8)),
+    ("16 experts, 3 active, 1 shared", dict(num_experts=16, experts_per_token=3, shared_experts=1)),
+]
+
+
+def bakeoff(s, data):
+    """Every variant trains with the FLOPs that --tokens cost the first. Where the data is text, one more
+    model reads it byte by byte, and is judged on the same held-out text."""
+    flops = M.train_flops(M.model_config(s, vocab_size=data[0].vocab_size), s.tokens)
+    corpora = [(data, BAKEOFF)]
+    if not token_folder(s):
+        held_out = data[2][:s.val_tokens]
+        in_bytes = int(token_bytes(data[0])[held_out].sum() + (held_out == data[0].eot_id).sum())
+        by_byte = argparse.Namespace(**{**vars(s), "tokenizer": "bytes", "out": os.path.join(s.out, "bytes")})
+        corpora.append((open_data(by_byte),
+                        [("attention, on bytes", dict(tokenizer="bytes", val_tokens=in_bytes))]))
+    results, configs = {}, {}
+    for corpus, variants in corpora:
+        jobs = []
+        for label, change in variants:
+            c = M.model_config(argparse.Namespace(**{**vars(s), **change}), vocab_size=corpus[0].vocab_size)
+            configs[label] = c
+            jobs.append((label, {**change, "tokens": flops // M.train_flops(c, 1)}))
+        results.update(run_many("bakeoff", jobs, [s.seed, s.seed + 1], s, corpus))
+    rows, points = [], []
+    for label, runs in results.items():
+        c, bpb = configs[label], [r["bpb"] for r in runs]
+        points.append((M.state_bytes(c, 1024) / 1024, statistics.fmean(bpb), label))
+        rows.append([label, f"{M.num_params(c):,}", f"{M.num_params_active(c):,}", f"{points[-1][0]:,.0f}",
+                     f"{flops // M.train_flops(c, 1):,}", f"{points[-1][1]:.4f}",
+                     f"{max(bpb) - min(bpb):.4f}", f"{statistics.fmean(r['seconds'] for r in runs):.0f}"])
+    M.table(f"Bake-off: {flops / 1e12:.2f} TFLOPs of training each, two seeds "
+            f"(state: bytes a token of a text of 1,024, in bf16)",
+            ["variant", "parameters", "active", "state", "tokens", "bits/byte", "max - min", "seconds"], rows)
+    plt = M.pyplot()
+    if plt is None:
+        return
+    fig, ax = plt.subplots(figsize=(9, 5))
+    for kept, bpb, label in points:
+        ax.plot(kept, bpb, "o")
+        ax.annotate(label, (kept, bpb), xytext=(5, 3), textcoords="offset points", fontsize=8)
+    ax.set(xlabel="state, bytes a token of a text of 1,024 tokens (bf16)", ylabel="bits per byte, held out",
+           xscale="log")
+    fig.tight_layout()
+    fig.savefig(os.path.join(s.out, "bakeoff.png"), dpi=120)
+    print(f"saved {os.path.join(s.out, 'bakeoff.png')}")
+
+
 # --- 9. the command line ------------------------------------------------------------------------------------
 
 TRAINING = {  # what a preset of model.py changes here; a typed flag beats it
@@ -821,8 +943,9 @@ TRAINING = {  # what a preset of model.py changes here; a typed flag beats it
     "gpt2": dict(tokens=10_000_000_000, batch_size=480, micro_batch=12, optimizer="adamw", schedule="cosine",
                  lr=6e-4, final_lr=0.1, head_lr=1.0, embedding_lr=1.0),
 }
-# What --ablate changes.
+# What --ablate changes, and --bakeoff.
 ABLATION = dict(tokens=100_000, batch_size=4, minutes=0.0, val_tokens=20_000, eval_tokens=4096, evals=4)
+BAKEOFF_BUDGET = {**ABLATION, "tokens": 250_000, "evals": 0}
 
 
 def make_parser():
@@ -831,6 +954,7 @@ def make_parser():
     mode = p.add_argument_group("what to do (default: one training run)").add_argument
     mode("--resume", action="store_true", help="continue the run in --out, with its settings")
     mode("--ablate", action="store_true", help="train the lecture's ablations, three seeds each")
+    mode("--bakeoff", action="store_true", help="train the architectures at equal FLOPs, two seeds each")
     mode("--sweep", nargs="+", metavar="FLAG=V1,V2", help="train every combination of these values")
     data = p.add_argument_group("data").add_argument
     data("--data", nargs="+", metavar="PATH",
@@ -839,7 +963,8 @@ def make_parser():
     data("--val", nargs="+", metavar="PATH",
          help="held-out text; without it a fixed 5%% of the files of --data")
     data("--corpus", help="a public corpus, fetched once: tinyshakespeare, tinystories, owt, fineweb-edu")
-    data("--tokenizer", metavar="PATH", help="a tokenizer.json to use; without it one is trained on the data")
+    data("--tokenizer", metavar="PATH",
+         help="a tokenizer.json to use, or: bytes, one id a byte; without it one is trained on the data")
     data("--errors", choices=("strict", "replace"), default="strict", help="what to do with invalid UTF-8")
     data("--out", default="out", metavar="DIR", help="folder for everything the run makes")
     budget = p.add_argument_group("budget: one of three; the schedule ends exactly there").add_argument
@@ -848,13 +973,13 @@ def make_parser():
     budget("--tokens", type=int, default=0, help="training tokens")
     o = p.add_argument_group("optimization").add_argument
     o("--batch_size", type=int, default=8, help="sequences per optimizer step")
-    o("--micro_batch", type=int, default=0,
-      help="sequences at a time, accumulated to batch_size; 0: all at once")
-    o("--optimizer", choices=("muon", "adamw", "sgd"), default="muon",
-      help="muon: AdamW for all but hidden matrices")
+    o("--micro_batch", type=int, default=0, help="sequences at a time, accumulated; 0: all at once")
+    o("--optimizer", choices=("muon", "adamw", "soap", "sgd"), default="muon", help="of hidden matrices")
     o("--lr", type=float, default=0.02, help="peak learning rate")
     o("--head_lr", type=float, default=0.5, help="factor on lr for the output matrix (if not tied)")
     o("--embedding_lr", type=float, default=30.0, help="factor on lr for embeddings (and a tied head)")
+    o("--mup_base", type=int, default=0, metavar="WIDTH",
+      help="muP: the d_model at which the rates were found, at equal head dim; 0: as they are")
     o("--schedule", choices=SCHEDULES, default="wsd", help="shape of the learning rate over the run")
     o("--warmup", type=float, default=0.02, help="share of the run in which the rate rises")
     o("--final_lr", type=float, default=0.0, help="last rate as a share of the peak (not with constant)")
@@ -865,16 +990,13 @@ def make_parser():
     o("--clip", type=float, default=1.0, help="largest l2 norm of all gradients together; 0: no clipping")
     o("--z_loss", type=float, default=0.0, help="weight of mean (log Z)^2 in the objective")
     o("--max_bad_steps", type=int, default=10, help="non-finite steps in a row before giving up")
-    o("--noise_scale", action=switch, default=False,
-      help="show the gradient noise scale (needs --micro_batch)")
+    o("--noise_scale", action=switch, default=False, help="of the gradient, shown (needs --micro_batch)")
     r = p.add_argument_group("running").add_argument
     r("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
     r("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
       help="of matrix products; auto: bf16 on a GPU")
-    r("--compile", action=switch, default=False,
-      help="torch.compile: a minute to start, faster steps on a GPU")
-    r("--checkpoint_blocks", action=switch, default=False,
-      help="recompute blocks in backward: memory for time")
+    r("--compile", action=switch, default=False, help="a minute to start, faster steps on a GPU")
+    r("--checkpoint_blocks", action=switch, default=False, help="run blocks twice: time for memory")
     r("--threads", type=int, default=0, help="CPU threads; 0: one a core")
     r("--seed", type=int, default=0, help="of weights, data order and samples")
     r("--evals", type=int, default=8, help="evaluations during the run")
@@ -898,7 +1020,7 @@ def settings(argv=None, parser=None):
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(known, unset)))
     typed = {k: v for k, v in vars(given).items() if v is not unset}
     preset = {**TRAINING.get(typed.get("preset", known["preset"]), {}),
-              **(ABLATION if typed.get("ablate") else {})}
+              **(ABLATION if typed.get("ablate") else BAKEOFF_BUDGET if typed.get("bakeoff") else {})}
     if any(k in typed for k in BUDGETS):                   # a typed budget replaces the preset's
         preset.update(dict.fromkeys(BUDGETS, 0))
     defaults = {k: v for k, v in known.items() if v != argparse.SUPPRESS}
@@ -918,7 +1040,7 @@ def check(s):
         raise ValueError(f"give one budget, not {len(budgets)} ({', '.join(budgets) or 'none'}): "
                          f"--minutes 3, --steps 1000 or --tokens 1000000")
     least = dict(minutes=0, steps=0, tokens=0, batch_size=1, micro_batch=0, lr=0, head_lr=0, embedding_lr=0,
-                 clip=0, eval_tokens=1, val_tokens=2, weight_decay=0, evals=0, save_minutes=0,
+                 mup_base=0, clip=0, eval_tokens=1, val_tokens=2, weight_decay=0, evals=0, save_minutes=0,
                  max_bad_steps=1, threads=0, sample_tokens=0, z_loss=0, log_seconds=0, seed=0)
     for name, low in least.items():
         if not low <= getattr(s, name) < math.inf:
@@ -956,7 +1078,13 @@ def resume_settings(s, typed):
                              f"drop --{k} to resume it, or drop --resume to start afresh")
     if any(k in typed for k in BUDGETS):
         before = {**before, **dict.fromkeys(BUDGETS, 0)}
-    return argparse.Namespace(**{**before, **typed, "resume": True, "out": s.out}), state
+    # vars(s): the flags that an older version of this file did not have.
+    return argparse.Namespace(**{**vars(s), **before, **typed, "resume": True, "out": s.out}), state
+
+
+def token_folder(s):
+    """Is --data one folder of token files?"""
+    return bool(s.data) and len(s.data) == 1 and os.path.exists(os.path.join(s.data[0], "train.bin"))
 
 
 def open_data(s):
@@ -964,18 +1092,20 @@ def open_data(s):
     Text is tokenised once; bpe.prepare says when it reuses a file."""
     config = M.model_config(s)                             # a bad knob shows before long work
     folder = s.out
-    if s.data and len(s.data) == 1 and os.path.exists(os.path.join(s.data[0], "train.bin")):
+    if token_folder(s):
         folder = s.data[0]
-        if s.val:
-            raise ValueError(f"{folder} has its own val.bin: drop --val, or give text instead of token files")
+        if s.val or s.tokenizer == "bytes":
+            own, flag = ("val.bin", "--val") if s.val else ("tokenizer.json", "--tokenizer bytes")
+            raise ValueError(f"{folder} has its own {own}: drop {flag}, or give text instead of token files")
         tokenizer = bpe.load_tokenizer(s.tokenizer or os.path.join(folder, "tokenizer.json"))
     else:
         text, held_out = s.data, s.val
         if s.corpus:
             files = bpe.fetch(s.corpus, s.out, progress=True)  # training text, then held-out text if there is
             text, held_out = files[:1], held_out or files[1:] or None
-        tokenizer = bpe.prepare(s.out, text, held_out, vocab_size=config.vocab_size, errors=s.errors,
-                                tokenizer=s.tokenizer)["tokenizer"]
+        by_byte = s.tokenizer == "bytes"                   # 256 bytes, end of text, and no merge
+        tokenizer = bpe.prepare(s.out, text, held_out, vocab_size=257 if by_byte else config.vocab_size,
+                                errors=s.errors, tokenizer=None if by_byte else s.tokenizer)["tokenizer"]
     train_tokens, val_tokens = (bpe.load_tokens(os.path.join(folder, f"{part}.bin"), tokenizer)
                                 for part in ("train", "val"))
     if len(val_tokens) < 2:
@@ -1015,8 +1145,8 @@ def run_command(argv=None):
             torch.set_num_threads(s.threads)
         os.makedirs(s.out, exist_ok=True)
         data = open_data(s)
-        if s.ablate or s.sweep:
-            return ablate(s, data) if s.ablate else sweep(s, data)
+        if s.ablate or s.bakeoff or s.sweep:
+            return (ablate if s.ablate else bakeoff if s.bakeoff else sweep)(s, data)
         keep_old_checkpoint(s)
         report(s, train(s, *data, state), *data)
     except FloatingPointError as e:

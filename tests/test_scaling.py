@@ -43,7 +43,7 @@ def test_exponent_under_noise():
     runs[5]["L"] *= 1.3
     runs[40]["L"] *= 1.2
     robust, squares = (abs(fitted(runs, delta=d).law.exponent - HOFFMANN.exponent) for d in (None, 1e9))
-    assert robust < 0.005 < 3 * robust < squares
+    assert robust < 0.005 and squares > 0.01
 
 
 def test_three_ways_rank_as_the_docstring_says():

@@ -197,10 +197,103 @@ def test_muon_is_momentum_then_orthogonalise():
     assert torch.equal(b, twin) and [len(opt.state[p]) for p in (w, b)] == [1, 3]
 
 
-@pytest.mark.parametrize("kind", ["muon", "adamw", "sgd"])
+def rotation(n, seed):
+    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed)).double())[0]
+
+
+def soap_path(start, gradient, steps=25, **kw):
+    """Weights after each step of SOAP on a matrix whose gradient is a function of it."""
+    w, path = torch.nn.Parameter(start.clone()), []
+    opt = R.SOAP([dict(params=[w], soap=True)], lr=0.05, **kw)
+    for _ in range(steps):
+        w.grad = gradient(w.detach())
+        opt.step()
+        path.append(w.detach().clone())
+    return torch.stack(path), opt.state[w]
+
+
+def test_soap_takes_the_same_path_in_turned_coordinates():
+    """Adam does not. A quadratic A (w - b) C, in the given coordinates and in turned ones."""
+    torch.manual_seed(0)
+    A, C = (torch.diag(torch.logspace(0, end, 5).double()) for end in (-2, -1))
+    start, b, U, W = torch.randn(5, 5).double(), torch.randn(5, 5).double(), rotation(5, 1), rotation(5, 2)
+    plain = lambda w: A @ (w - b) @ C
+    turned = lambda w: U @ plain(U.T @ w @ W) @ W.T
+    straight, state = soap_path(start, plain, weight_decay=0.0, every=5)
+    round_trip, _ = soap_path(U @ start @ W.T, turned, weight_decay=0.0, every=5)
+    close(U.T @ round_trip @ W, straight, atol=1e-6, rtol=1e-5)
+    for Q in (state["QL"], state["QR"]):
+        close(Q.T @ Q, torch.eye(len(Q)).double())
+    adam = []
+    for f, at in ((plain, start), (turned, U @ start @ W.T)):
+        w = torch.nn.Parameter(at.clone())
+        opt = R.AdamW([w], lr=0.05, weight_decay=0.0)
+        for _ in range(25):
+            w.grad = f(w.detach())
+            opt.step()
+        adam.append(w.detach())
+    assert (U.T @ adam[1] @ W - adam[0]).abs().max() > 0.1
+
+
+def test_soap_in_the_identity_basis_is_adamw(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: (None, torch.eye(len(m))))
+    w, b = torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4))
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in (w, b)]
+    soap = R.SOAP([dict(params=[w], soap=True), dict(params=[b])], lr=0.01, every=10**9)
+    adam = R.AdamW(twins, lr=0.01)
+    for i in range(20):
+        for p, twin in zip((w, b), twins):
+            p.grad = torch.randn_like(p)
+            twin.grad = p.grad.clone()
+        if i == 0:                                         # SOAP's first gradient only finds the basis
+            twins[0].grad = None
+        soap.step(), adam.step()
+    close(w, twins[0]), close(b, twins[1], atol=0, rtol=0)
+    monkeypatch.undo()
+    stack = torch.randn(3, 4, 4).double()                  # experts: one basis each
+    one = soap_path(stack[1], lambda w: w - 1, weight_decay=0.1)[0]
+    close(soap_path(stack, lambda w: w - 1, weight_decay=0.1)[0][:, 1], one, atol=1e-6, rtol=1e-5)
+
+
+def steps_of(width, base, kind):
+    """Coordinate check: how far four steps move each block's output and the logits, RMS. Next = this + 1."""
+    torch.manual_seed(0)
+    s = settings("--steps", 9, "--optimizer", kind, "--mup_base", base, "--embedding_lr", 1, "--head_lr", 1)
+    net = M.Transformer(M.ModelConfig(vocab_size=64, context_length=16, d_model=width, num_layers=2,
+                                      qk_norm=True, num_heads=width // 32, d_ff=2 * width, init="mup"))
+    opt, ids = R.make_optimizer(net, s), (torch.arange(16)[:, None] * 4 + torch.arange(17)) % 64
+    def outputs():
+        seen = []
+        hooks = [b.register_forward_hook(lambda m, a, y: seen.append(y.detach())) for b in net.blocks]
+        seen.append(net(ids[:, :-1]).detach())
+        for h in hooks:
+            h.remove()
+        return seen
+    first = outputs()
+    for group in opt.param_groups:
+        group["lr"] = 0.004 * group["scale"]
+    for _ in range(4):
+        M.lm_loss(net(ids[:, :-1]), ids[:, 1:])[0].backward()
+        opt.step()
+        opt.zero_grad()
+    return torch.stack([(b - a).square().mean().sqrt() for a, b in zip(first, outputs())])
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_mup_steps_have_one_size_at_any_width(kind):
+    widths = (160, 320, 480) if kind == "adamw" else (160, 320)              # Newton-Schulz takes its time
+    with_mup = torch.stack([steps_of(w, 160, kind) for w in widths])
+    assert (with_mup.amax(0) / with_mup.amin(0)).max() < 1.2, with_mup       # flat to 20%
+    without = torch.stack([steps_of(w, 0, kind) for w in widths[:2]])
+    assert (without[1] / without[0]).min() > 1.25, without                   # or the check would show nothing
+    assert torch.equal(with_mup[0], without[0])            # at the base width nothing changes
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw", "soap", "sgd"])
 def test_every_weight_is_in_one_group_and_only_hidden_matrices_decay(kind):
-    for kw in (dict(bias="all", norm="layernorm", position="learned"),
-               dict(tie_embeddings=True, qk_norm=True), {}):
+    for kw in (dict(bias="all", norm="layernorm", position="learned"), dict(num_experts=3, mtp=1),
+               dict(layers="MH"), dict(tie_embeddings=True, qk_norm=True), {}):
         net = M.Transformer(M.ModelConfig(vocab_size=30, context_length=8, d_model=8, num_layers=2,
                                           num_heads=2, **kw))
         opt = R.make_optimizer(net, settings("--optimizer", kind))
@@ -208,8 +301,9 @@ def test_every_weight_is_in_one_group_and_only_hidden_matrices_decay(kind):
         for group in opt.param_groups:
             for p in group["params"]:
                 seen.append(names[id(p)])
-                hidden = names[id(p)].startswith("blocks.") and p.dim() == 2
-                assert group.get("muon", False) == (kind == "muon" and hidden)
+                hidden = names[id(p)].startswith(("blocks.", "mtp.")) and p.dim() >= 2
+                for matrix_optimizer in ("muon", "soap"):
+                    assert group.get(matrix_optimizer, False) == (kind == matrix_optimizer and hidden)
                 assert (group.get("weight_decay", 0) > 0) == (hidden and kind != "sgd")
         assert sorted(seen) == sorted(names.values())
 
@@ -683,6 +777,71 @@ def test_ablations_are_valid_and_a_diverged_run_is_a_result(data, tmp_path, monk
     assert "run   6/6" in out and "no norm" in out and "inf" in out
 
 
+def test_bakeoff_spends_the_same_flops_on_each(texts, data, tmp_path, monkeypatch, capsys):
+    s = R.settings(["--bakeoff"])[0]
+    R.check(s)
+    shapes = [M.model_config(R.argparse.Namespace(**{**vars(s), **change})) for _, change in R.BAKEOFF]
+    assert len({str(c) for c in shapes}) == len(R.BAKEOFF)
+    monkeypatch.setattr(R, "BAKEOFF", [("attention", {}), ("linear", dict(mixer="linear")),
+                                       ("experts", dict(num_experts=4))])
+    runs, real = [], R.train
+    def spy(s, *a, **kw):
+        r = real(s, *a, **kw)
+        runs.append((r["run"].config, r["run"].tokens, s.val_tokens, kw))
+        return r
+    monkeypatch.setattr(R, "train", spy)
+    argv = ["--data", texts, "--vocab_size", 300, "--out", tmp_path, *SHAPE, "--bakeoff", "--tokens", 2000]
+    assert command(*argv) == 0
+    out = capsys.readouterr().out
+    assert len(runs) == 8 and (tmp_path / "bakeoff.png").stat().st_size > 5000
+    budget = M.train_flops(runs[0][0], 2000)
+    for config, tokens, *_ in runs:                        # in whole steps of 64 tokens
+        assert -1 < tokens - budget / M.train_flops(config, 1) < 64
+    assert runs[-1][0].vocab_size == 257 and "attention, on bytes" in out
+    # the same held-out text: its bytes, and one end of text a document
+    tok = bpe.load_tokenizer(tmp_path / "tokenizer.json")
+    held = bpe.load_tokens(tmp_path / "val.bin", tok)[:300]
+    by_byte = bpe.load_tokens(tmp_path / "bytes" / "val.bin")[:runs[-1][2]]
+    assert tok.decode_bytes(held[held != tok.eot_id]) == bytes(by_byte[by_byte < 256].astype("uint8"))
+    assert command(*argv) == 0 and len(runs) == 8          # all on disk
+    assert go(data, tmp_path / "files", "--bakeoff", "--tokens", 64) == 0 and len(runs) == 14        # no text
+
+
+def test_training_on_bytes(texts, data, tmp_path, capsys):
+    assert command("--data", texts, "--tokenizer", "bytes", "--out", tmp_path, *SHAPE, "--steps", 2) == 0
+    assert state_of(tmp_path)["config"]["vocab_size"] == 257
+    assert "1.0" in re.search(r"val.bin: .*?([\d.]+) bytes per token", capsys.readouterr().out)[1]
+    assert command("--resume", "--out", tmp_path, "--steps", 3) == 0
+    capsys.readouterr()
+    status = go(data, tmp_path / "o", "--steps", 1, "--tokenizer", "bytes")
+    assert "drop --tokenizer bytes" in line_of(capsys, status)
+
+
+def test_experts_and_extra_tokens_train_and_resume(data, tmp_path):
+    flags = ("--num_experts", 4, "--balance", "bias", "--mtp", 1, "--evals", 0, "--schedule", "constant",
+             "--warmup", 0, "--optimizer", "soap")
+    assert go(data, tmp_path / "a", *flags, "--steps", 4) == 0
+    assert go(data, tmp_path / "b", *flags, "--steps", 2) == 0
+    assert command("--resume", "--out", tmp_path / "b", "--steps", 4) == 0
+    same_state(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
+    bias = state_of(tmp_path / "a")["model"]["blocks.0.ffn.bias"]
+    assert bias.abs().max() > 0.0005                       # moved by the training loop
+    log = records(tmp_path / "a")
+    assert [r["loss"] for r in log if r["kind"] == "train"][0] == pytest.approx(math.log(300), abs=1e-4)
+
+
+def test_runs_from_before_the_variants_resume(data, undisturbed, tmp_path):
+    out = tmp_path / "old"
+    shutil.copytree(undisturbed, out)
+    state = state_of(out)
+    for key in ("mup_base", "bakeoff"):
+        del state["settings"][key]
+    for key in ("layers", "num_experts", "mtp", "router", "d_head"):
+        del state["config"][key]
+    torch.save(state, out / "checkpoint.pt")
+    assert command("--resume", "--out", out, "--steps", 5) == 0 and state_of(out)["step"] == 5
+
+
 # --- 6. the command line and bad input ----------------------------------------------------------------------
 
 def line_of(capsys, status):
@@ -706,7 +865,9 @@ def line_of(capsys, status):
     (["--steps", 5, "--context_length", 1_000_000], "--context_length"),
     (["--steps", 5, "--sweep", "lrr=1,2"], "lrr"), (["--steps", 5, "--sweep", "lr"], "lr"),
     (["--steps", 5, "--sweep", "d_model=33,32"], "33"), (["--steps", 5, "--preset", "huge"], "huge"),
-    (["--steps", 5, "--corpus", "the-web"], "the-web"),
+    (["--steps", 5, "--corpus", "the-web"], "the-web"), (["--steps", 5, "--mup_base", -1], "--mup_base -1"),
+    (["--steps", 5, "--mup_base", 16, "--tie_embeddings"], "--no-tie_embeddings"),
+    (["--steps", 5, "--layers", "LG"], "--window 128"),
     (["--resume"], "checkpoint.pt: make one with"), (["--steps", 5, "--tokenizer", "none.json"],
                                                      "none.json")], ids=lambda v: " ".join(map(str, v))
                                                      if isinstance(v, list) else "")

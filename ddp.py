@@ -1,0 +1,1223 @@
+"""ddp.py - lectures 7-8: many devices, each holding the whole model. The tokens are split.
+
+What   P processes (ranks) hold the same weights and read different tokens. After the backward pass they
+       average their gradients and take the same step: together one process with P times the batch. A
+       sequence too long for one device is split as well, and then attention alone has to talk.
+Why    In a ring each rank sends 2 (P-1)/P n bytes to average n bytes of gradients, however many ranks there
+       are. And the last layer's gradients are ready when most of the backward pass is still to come: sent
+       at once, in buckets, they travel behind it. What cannot hide bounds the number of useful devices.
+
+Equations
+       all-reduce     = reduce-scatter, then all-gather: each P-1 messages of n/P bytes a rank
+       data parallel  mean over ranks of the mean over their tokens = mean over all tokens (equal shares)
+       ring attention softmax over two sets of keys:  Z = Z1 + Z2,  out = (Z1 out1 + Z2 out2) / Z
+       limit          2 (P-1)/P n b / W  <=  4 B/P n / C   <=>   P <= 1 + 2 B W / (b C)
+                      n weights, b bytes a gradient, B tokens a step, W bytes/s, C FLOP/s
+
+Run    python ddp.py                                        # the lecture, on two local ranks
+       python ddp.py --steps 200                            # train on two local ranks
+       torchrun --nproc_per_node=8 ddp.py --steps 5000 --preset gpt2 --data DIR
+       torchrun --nproc_per_node=8 ddp.py --steps 100 --sequence_ranks 4 --context_length 8192
+       python ddp.py --bench_collectives 1,10,100           # all-reduce and its family, at these megabytes
+
+You should see (two ranks on two cores beside other jobs, load 6; shortened)
+       All-reduce of 4,800,000 bytes on 2 ranks by hand: what one rank sends
+                                        messages  counted      bytes    counted  error against torch
+         whole tensors around the ring         1        1  4,800,000  4,800,000                0e+00
+         reduce-scatter, all-gather            2        2  4,800,000  4,800,000                0e+00
+       Averaging 93 gradients on 2 ranks; a step: computing, 257.5 ms, and what is not hidden of the messages
+                     messages      bytes    counted  ms alone  hidden  ms a step  measured  error, 5 steps
+         naive             93  2,402,560  2,402,560     168.4      0%      425.9     440.9           1e-06
+         flat               1  2,402,560  2,402,560      23.3      0%      280.8     258.0           1e-06
+         overlapped        93  2,402,560  2,402,560      79.1     57%      291.8     399.2           1e-06
+         bucketed          11  2,402,560  2,402,560      26.1     97%      258.2     321.9           1e-06
+       256 tokens on 2 ranks, 4 heads, 2 key/value heads
+                    bytes  counted  relative error of gradients
+         ring     786,432  786,432                        9e-07
+         ulysses  786,432  786,432                        4e-07
+       Ranks until averaging shows: 4,000,000 tokens a step, bf16, 396 TFLOP/s
+         wires           bytes/s  ranks
+         NVLink          4.5e+11  4,551
+         InfiniBand NDR  5.0e+10    507
+         10 Gb Ethernet  1.2e+09     13
+       On CPUs messages take time from computing: what the timeline hides saves the waiting alone.
+
+Outline  1 eight collectives, counted    2 rings by hand      3 data parallelism, four ways
+         4 sequence parallelism          5 what it must cost  6 ranks: started, watched, ended
+         7 training                      8 the lecture        9 command line
+
+Wires, bytes/s one way: memory of an H100 3.4e12, NVLink 4.5e11, PCIe 5 x16 6e10, InfiniBand NDR 5e10, 10 Gb
+Ethernet 1.2e9. Each step outwards costs up to a factor of ten, so the principle of both lectures: move as few
+bytes as you can, over as short a way. Messages go by nccl on GPUs and by gloo on CPUs; the code is the same.
+
+References  Patarasuk & Yuan 2009 (ring all-reduce), Li et al. 2020 (PyTorch DDP: buckets, overlap), Liu et
+            al. 2023 (ring attention), Brandon et al. 2023 (striped) and Llama Team 2024 (zig-zag),
+            Jacobs et al. 2023 (DeepSpeed Ulysses).
+"""
+import contextlib
+import datetime
+import functools
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import statistics
+import sys
+import threading
+import time
+import traceback
+from multiprocessing.connection import wait
+
+import bpe
+import model as M                                          # before torch: it sets how CPU threads wait
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.profiler import profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Letters: P ranks (C of them share a sequence), B sequences, T tokens, N query heads, K key/value heads, H
+# head dim, G = N/K. The bytes of a collective are those of the whole tensor: what all-gather ends with.
+
+# torch 2.13 gave these two a new name and warns about the old one.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+# --- 1. eight collectives, counted --------------------------------------------------------------------------
+# A collective is called by all ranks of a group in the same order; a rank that does not come is waited for.
+# Four have a root, whose link is a bottleneck; in the other four all ranks do the same, and those scale.
+
+def eight_collectives(x):
+    """x (P,): this rank's numbers -> {name: what this rank holds afterwards}."""
+    P, root, after = len(x), dist.get_rank() == 0, {}
+    after["broadcast"] = x.clone()                                           # all have the root's
+    dist.broadcast(after["broadcast"], src=0)
+    after["scatter"] = x.new_empty(1)                                        # rank r has the root's part r
+    dist.scatter(after["scatter"], list(x.split(1)) if root else None, src=0)
+    after["gather"] = x.new_empty(P * P if root else 0)                      # the root has everyone's
+    dist.gather(x, list(after["gather"].split(P)) if root else None, dst=0)
+    total = x.clone()                                                        # the root has the sum
+    dist.reduce(total, dst=0)
+    after["reduce"] = total if root else total[:0]                           # elsewhere it is undefined
+    after["all-gather"] = x.new_empty(P * P)                                 # all have everyone's
+    all_gather(after["all-gather"], x)
+    after["reduce-scatter"] = x.new_empty(1)                                 # rank r has part r of the sum
+    reduce_scatter(after["reduce-scatter"], x.clone())
+    after["all-reduce"] = x.clone()                                          # all have the sum
+    dist.all_reduce(after["all-reduce"])
+    after["all-to-all"] = x.new_empty(P)                                     # rank r has part r of each rank
+    dist.all_to_all_single(after["all-to-all"], x)
+    return after
+
+
+class Count(TorchDispatchMode):
+    """with Count() as c: ...   counts the collectives that this process issues, in backward and hooks, too:
+    c.calls and c.payload (bytes) by kind. c.sent(P) is what the wires carry for them."""
+    # Times (P-1)/P of the whole tensor, sent by each rank when the collective is done as a ring.
+    PASSES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.payload = {}, {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            kind = op._schema.name.removeprefix("c10d::")
+            self.calls[kind] = self.calls.get(kind, 0) + 1
+            # Input and output may differ in size: the larger is the whole tensor.
+            self.payload[kind] = self.payload.get(kind, 0) + max(map(tensor_bytes, args))
+        return op(*args, **(kwargs or {}))
+
+    def sent(self, P):
+        """Bytes that this rank sends, all kinds together."""
+        ring = sum(passes * self.payload.get(kind, 0) for kind, passes in self.PASSES.items())
+        return ring * (P - 1) / P + self.payload.get("send", 0)
+
+
+def tensor_bytes(arg):
+    """Bytes of a tensor or of the tensors in a list (of lists); anything else has none."""
+    if isinstance(arg, (list, tuple)):
+        return sum(map(tensor_bytes, arg))
+    return arg.nbytes if torch.is_tensor(arg) else 0
+
+
+# --- 2. rings by hand ---------------------------------------------------------------------------------------
+# P ranks in a circle. Each sends to the next and receives from the one before, all at the same time: every
+# link is busy in every step.
+
+def start_shift(t, group=None):
+    """Send t to the next rank while the previous one's arrives -> (what arrives, works to wait for)."""
+    group, arriving = group or dist.group.WORLD, torch.empty_like(t)
+    r, P = dist.get_rank(group), dist.get_world_size(group)
+    following, previous = (dist.get_global_rank(group, (r + step) % P) for step in (1, -1))
+    return arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, t, following, group),
+                                             dist.P2POp(dist.irecv, arriving, previous, group)])
+
+
+def finish(works):
+    for work in works:
+        work.wait()
+
+
+def shift(t, group=None):
+    arriving, works = start_shift(t, group)
+    finish(works)
+    return arriving
+
+
+def ring_all_reduce_naive(x):
+    """Pass whole tensors around and add what comes: P-1 messages of n bytes, P/2 times too much."""
+    total = travelling = x
+    for _ in range(dist.get_world_size() - 1):
+        travelling = shift(travelling)
+        total = total + travelling
+    return total
+
+
+def ring_reduce_scatter(x):
+    """x (n,) -> part r of the sum over ranks, (n/P,), on rank r. P-1 messages of n/P.
+
+    A partial sum of each part travels around and collects a share at each rank. Part r's starts at
+    rank r+1, so that it ends at rank r."""
+    r, P = dist.get_rank(), dist.get_world_size()
+    parts = x.view(P, -1)
+    travelling = parts[r - 1]
+    for step in range(2, P + 1):
+        travelling = shift(travelling) + parts[r - step]                     # a negative index goes around
+    return travelling
+
+
+def ring_all_gather(part):
+    """part (m,) -> (P m,), everyone's. P-1 messages of m: pass on what came last."""
+    r, P = dist.get_rank(), dist.get_world_size()
+    parts = part.new_empty(P, len(part))
+    parts[r] = part
+    for step in range(1, P):
+        part = parts[r - step] = shift(part)
+    return parts.flatten()
+
+
+def ring_all_reduce(x):
+    """2 (P-1) messages of n/P. Each part is summed once and then copied: the same bits on all ranks."""
+    if x.numel() % dist.get_world_size():
+        raise ValueError(f"{x.numel()} numbers do not split into {dist.get_world_size()} parts: pad them")
+    return ring_all_gather(ring_reduce_scatter(x.flatten())).view_as(x)
+
+
+# --- 3. data parallelism, four ways -------------------------------------------------------------------------
+# All start from rank 0's weights. finish_gradient_synchronization() belongs between backward() and the
+# optimizer; after it the gradients are the same everywhere, so clipping and the step need no communication.
+
+def average(t, async_op=False):
+    return dist.all_reduce(t, op=dist.ReduceOp.AVG, async_op=async_op)
+
+
+class NaiveDDP(nn.Module):
+    """One all-reduce a parameter, after the backward pass: each pays its latency, and none is hidden.
+
+    find_unused: in some steps some parameters get no gradient, on some ranks or on all. Then a byte for each
+    tells who has one: used by nobody, it stays None (zeros would decay it), else the others send zeros.
+    """
+    def __init__(self, module, bucket_mb=25.0, find_unused=False):
+        super().__init__()
+        self.module, self.bucket_mb, self.syncing = module, bucket_mb, True
+        for t in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(t.detach(), src=0)
+        self.params = [p for p in module.parameters() if p.requires_grad]    # a tied one is listed once
+        # All ranks send a group's messages in one order; among those of hooks this one has no fixed place.
+        self.used_group = dist.new_group(backend="gloo") if find_unused else None
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def no_sync(self):
+        """Around all micro-batches but the last: gradients add up in p.grad, and nothing is sent."""
+        self.syncing = False
+        try:
+            yield
+        finally:
+            self.syncing = True
+
+    def fill_unused(self):
+        """Afterwards a parameter has a gradient on all ranks or on none."""
+        missing = [p for p in self.params if p.grad is None]
+        if missing and not self.used_group:
+            first = next(name for name, p in self.module.named_parameters() if p is missing[0])
+            raise ValueError(f"{len(missing)} parameters have no gradient, {first} is the first: "
+                             f"freeze what is never used, or construct with find_unused=True")
+        if self.used_group:
+            used = torch.tensor([p.grad is not None for p in self.params], dtype=torch.uint8)
+            dist.all_reduce(used, op=dist.ReduceOp.MAX, group=self.used_group)
+            for p, somewhere in zip(self.params, used.tolist()):
+                if somewhere and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+
+    def finish_gradient_synchronization(self):
+        self.fill_unused()
+        for p in self.params:
+            if p.grad is not None:
+                average(p.grad)
+
+
+class FlatDDP(NaiveDDP):
+    """All gradients in one message: one latency. Still after the backward pass, and copied twice."""
+    def finish_gradient_synchronization(self):
+        self.fill_unused()
+        grads = [p.grad for p in self.params if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        average(flat)
+        for g, mean in zip(grads, flat.split([g.numel() for g in grads])):
+            g.copy_(mean.view_as(g))
+
+
+class OverlappedDDP(NaiveDDP):
+    """Each gradient is sent as soon as it is complete, behind the rest of the backward pass.
+
+    All ranks must send in the same order, whatever is ready first, or they would add up different parameters:
+    a unit (here one parameter) goes when it is complete and all units before it have gone. The order is
+    that of the parameters in reverse, about the one in which backward reaches them.
+    """
+    def __init__(self, module, bucket_mb=25.0, find_unused=False):
+        super().__init__(module, bucket_mb, find_unused)
+        self.units = self.make_units()
+        self.unit_of = {p: i for i, unit in enumerate(self.units) for p in unit}
+        self.start_over()
+        for p in self.params:                              # called once in a backward pass, p.grad complete
+            p.register_post_accumulate_grad_hook(self.on_ready)
+
+    def make_units(self):
+        return [[p] for p in reversed(self.params)]
+
+    def start_over(self):
+        self.missing, self.sent, self.works = [len(unit) for unit in self.units], 0, []
+
+    def on_ready(self, p):
+        if self.syncing:
+            unit = self.unit_of[p]
+            if self.missing[unit] == 0:
+                raise RuntimeError("a second backward pass before finish_gradient_synchronization(): "
+                                   "put all but the last under no_sync()")
+            self.missing[unit] -= 1
+            while self.sent < len(self.units) and self.missing[self.sent] == 0:
+                self.send_next()
+
+    def send_next(self):
+        self.send(self.units[self.sent])
+        self.sent += 1
+
+    def send(self, unit):
+        if unit[0].grad is not None:                       # None: nobody used it, so nobody sends it
+            self.works.append(average(unit[0].grad, async_op=True))
+
+    def finish_gradient_synchronization(self):
+        self.fill_unused()
+        while self.sent < len(self.units):                 # an unused parameter held these back
+            self.send_next()
+        finish(self.works)
+        self.start_over()
+
+
+class BucketedDDP(OverlappedDDP):
+    """Overlapped, with neighbours in one message of at most bucket_mb: large enough that latency does not
+    count, small enough that the first goes early and the last, which nothing hides, is short.
+
+    A bucket is a buffer that is kept; after a step the gradients are views of it. One copy, not two.
+    """
+    def make_units(self):
+        units = []
+        for p in reversed(self.params):
+            alike = units and (p.dtype, p.device) == (units[-1][0].dtype, units[-1][0].device)
+            if alike and p.nbytes + sum(q.nbytes for q in units[-1]) <= self.bucket_mb * 1e6:
+                units[-1].append(p)
+            else:
+                units.append([p])
+        self.places = {}                                   # first parameter -> the buffer and its views
+        for unit in units:
+            buffer = unit[0].new_empty(sum(p.numel() for p in unit))
+            parts = buffer.split([p.numel() for p in unit])
+            self.places[unit[0]] = buffer, [part.view_as(p) for part, p in zip(parts, unit)]
+        return units
+
+    def send(self, unit):
+        buffer, places = self.places[unit[0]]
+        used = [(p, place) for p, place in zip(unit, places) if p.grad is not None]
+        if not used:                                       # by any rank; what is half used goes whole
+            return
+        torch._foreach_copy_([place for _, place in used], [p.grad for p, _ in used])    # one call for all
+        for p, place in used:
+            p.grad = place
+        self.works.append(average(buffer, async_op=True))
+
+
+WAYS = {"naive": NaiveDDP, "flat": FlatDDP, "overlapped": OverlappedDDP, "bucketed": BucketedDDP}
+
+
+# --- 4. sequence parallelism --------------------------------------------------------------------------------
+# C ranks share each sequence. Norms, feed-forward, embedding and loss look at one token at a time and stay as
+# they are; attention needs everyone's keys and values. Either these travel around a ring (any number of
+# heads, memory T/C), or an all-to-all trades tokens for heads (C must divide them; any kernel serves).
+
+def my_positions(rank, C, T, zigzag):
+    """(T/C,) positions that a rank holds. Under a causal mask the last of C plain pieces costs 2 - 1/C times
+    the mean, and all wait for it; an early piece and a late one, zig-zag, cost everyone the same."""
+    pieces = 2 * C if zigzag else C
+    if T % pieces:
+        raise ValueError(f"a sequence of {T} tokens does not split into {pieces} pieces for {C} ranks: "
+                         f"try --context_length {pieces * max(1, T // pieces)}")
+    piece = torch.arange(T).chunk(pieces)
+    return torch.cat((piece[rank], piece[-1 - rank])) if zigzag else piece[rank]
+
+
+def visible(r, j, n):
+    """What rank r's n zig-zag tokens see of rank j's -> (queries, keys, causal). No mask off the diagonal:
+    all of mine see an earlier rank's first piece; my second piece sees both of a later one's."""
+    if j == r:
+        return slice(None), slice(None), True
+    return (slice(None), slice(n // 2), False) if j < r else (slice(n // 2, None), slice(None), False)
+
+
+def attention_scores(q, k, causal):
+    """q (B,K,G,T,H), k (B,K,S,H) -> (B,K,G,T,S), fp32 or wider."""
+    s = (q @ k[:, :, None].mT / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32))
+    return s.masked_fill(torch.ones_like(s[0, 0, 0], dtype=torch.bool).triu(1), -math.inf) if causal else s
+
+
+class RingAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt(H)) v over keys that lie on C ranks. q (B,N,T/C,H), k and v (B,K,T/C,H), zig-zag.
+
+    In step s this rank meets the keys and values of rank r-s, already on their way to the next rank. out and
+    log Z are kept as if the softmax ended there, and each block mends them. Backward goes round
+    again: with the final log Z each block's probabilities come back exactly, and a block's gradients
+    travel with it until they are home.      Bytes: C-1 blocks forward, 2 (C-1) backward.
+    The scores of a block, (T/C)^2 / 2 a head, are formed in memory: a fused kernel's place is here.
+    """
+    @staticmethod
+    def forward(ctx, q, k, v, group):
+        r, C, n = dist.get_rank(group), dist.get_world_size(group), q.shape[2]
+        q, block = q.unflatten(1, (k.shape[1], -1)), torch.stack((k, v))     # (B,K,G,n,H), (2,B,K,n,H)
+        out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
+        log_z = torch.full_like(out[..., :1], -math.inf)                     # (B,K,G,n,1)
+        for step in range(C):
+            coming, works = start_shift(block, group) if step < C - 1 else (None, [])
+            queries, keys, causal = visible(r, (r - step) % C, n)
+            k_block, v_block = block[..., keys, :]
+            scores = attention_scores(q[..., queries, :], k_block, causal)
+            before, here = log_z[..., queries, :], scores.logsumexp(-1, keepdim=True)
+            both = torch.logaddexp(before, here)                             # Z = Z1 + Z2
+            out[..., queries, :] *= (before - both).exp()                    # Z1/Z out1 + Z2/Z out2
+            out[..., queries, :] += (scores - both).exp().to(v.dtype) @ v_block[:, :, None]
+            log_z[..., queries, :] = both
+            finish(works)
+            block = coming
+        ctx.save_for_backward(q, k, v, out, log_z)
+        ctx.group = group
+        return out.flatten(1, 2).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx, dout):
+        """p = exp(s - log Z);  dv = p^T dout;  ds = p (dout v^T - delta);  dq = ds k;  dk = ds^T q."""
+        q, k, v, out, log_z = ctx.saved_tensors
+        q, k, v, dout = (t.to(out.dtype) for t in (q, k, v, dout.unflatten(1, q.shape[1:3])))
+        r, C, n = dist.get_rank(ctx.group), dist.get_world_size(ctx.group), k.shape[2]
+        delta = (dout * out).sum(-1, keepdim=True)                           # = sum over keys of p (dout v^T)
+        dq, block = torch.zeros_like(q), torch.stack((k, v))
+        travelling = torch.zeros_like(block)                                 # gradients of the block at hand
+        for step in range(C):
+            coming, works = start_shift(block, ctx.group) if step < C - 1 else (None, [])
+            queries, keys, causal = visible(r, (r - step) % C, n)
+            k_block, v_block = block[..., keys, :]
+            q_part, dout_part = q[..., queries, :], dout[..., queries, :]
+            p = (attention_scores(q_part, k_block, causal) - log_z[..., queries, :]).exp()
+            ds = p * (dout_part @ v_block[:, :, None].mT - delta[..., queries, :]) / math.sqrt(q.shape[-1])
+            dq[..., queries, :] += ds @ k_block[:, :, None]
+            here = torch.stack(((ds.mT @ q_part).sum(2), (p.mT @ dout_part).sum(2)))     # over the G heads
+            if step == 0:
+                mine = here                                # my own block's stay here; the others' go home
+            else:
+                travelling[..., keys, :] += here
+                travelling = shift(travelling, ctx.group)
+            finish(works)
+            block = coming
+        return dq.flatten(1, 2), *(mine + travelling), None
+
+
+class TradeDims(torch.autograd.Function):
+    """All-to-all: x is cut into C parts along one dimension, part j goes to rank j, what comes is joined
+    along another. Backward is the way back.      Bytes: (C-1)/C of x."""
+    @staticmethod
+    def forward(ctx, x, cut, join, group):
+        ctx.way_back = join, cut, group
+        parts = torch.stack(x.chunk(dist.get_world_size(group), cut))
+        arriving = torch.empty_like(parts)
+        dist.all_to_all_single(arriving, parts, group=group)
+        return torch.cat(arriving.unbind(), join)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return TradeDims.apply(grad, *ctx.way_back), None, None, None
+
+
+def ulysses_attention(q, k, v, group):
+    """(B,N,T/C,H) of all heads -> (B,N/C,T,H) of all tokens -> ordinary attention -> back."""
+    q, k, v = (TradeDims.apply(t, 1, 2, group) for t in (q, k, v))
+    y = M.attend(q, k, v, is_causal=True, enable_gqa=k.shape[1] < q.shape[1])
+    return TradeDims.apply(y, 2, 1, group)
+
+
+def split_sequences(model, group, way="ring"):
+    """From here on model(ids, positions) takes this rank's tokens of each sequence. Returns their positions
+    (T/C,), T the context_length. The gradients are those of the loss on these tokens alone: averaged over all
+    ranks, as in data parallelism, they are the whole sequence's."""
+    c, C = model.config, dist.get_world_size(group)
+    plain = all(type(block.mixer) is M.Attention for block in model.blocks)
+    if not plain or c.mtp or c.window or c.attn_softcap:
+        raise ValueError("--sequence_ranks splits plain causal attention alone: drop it, or --mixer, "
+                         "--layers, --mtp, --window and --attn_softcap")
+    if way == "ulysses" and c.kv_heads % C:
+        raise ValueError(f"{c.kv_heads} key/value heads do not split among {C} ranks: "
+                         f"use --attention ring, or --sequence_ranks {math.gcd(c.kv_heads, C)}")
+    attend = RingAttention.apply if way == "ring" else ulysses_attention
+    for block in model.blocks:                             # an object's attribute hides the class's method
+        block.mixer.choose_kernel = lambda q, k, v, *_, **__: attend(q, k, v, group)
+    return my_positions(dist.get_rank(group), C, c.context_length, zigzag=way == "ring")
+
+
+# --- 5. what it must cost -----------------------------------------------------------------------------------
+
+def all_reduce_bytes(n, P):
+    """Sent by each rank to reduce n bytes. No algorithm needs less."""
+    return 2 * (P - 1) / P * n
+
+
+def sequence_bytes(c, batch_size, C, way):
+    """Sent by each rank for the attention of a forward and a backward pass, fp32. For a given T, the ring's
+    nears a constant as C grows, the all-to-all's falls as 1/C; few key/value heads favour the ring."""
+    numbers = batch_size * c.context_length // C * c.head_dim                # of one head
+    if way == "ring":
+        return c.num_layers * 3 * (C - 1) * 2 * c.kv_heads * numbers * 4
+    return c.num_layers * 2 * (C - 1) / C * (2 * c.num_heads + 2 * c.kv_heads) * numbers * 4
+
+
+def useful_ranks(tokens, flops, bandwidth, gradient_bytes=2):
+    """The largest P whose all-reduce still hides behind backward: 2 (P-1)/P n b / W <= 4 (B/P) n / C.
+    n cancels, so the shape does not matter: only more tokens a step, or better wires, feed more devices."""
+    return 1 + 2 * tokens * bandwidth / (gradient_bytes * flops)
+
+
+# --- 6. ranks: started, watched, ended ----------------------------------------------------------------------
+# A rank that dies leaves the others in a collective that never ends. gloo then reports a closed socket, nccl
+# nothing for ten minutes, and neither says who. All must end, soon, and name the culprit: torchrun starts
+# them again, from the last checkpoint.
+
+class RankLost(RuntimeError):
+    """A rank died, hung or raised. The text names it and its step."""
+
+
+class Watch:
+    """Once a second each rank tells the store that it lives, and where it is. When a collective fails, or
+    this rank does not move for `timeout` seconds, that is enough to find the one that the others wait for."""
+    def __init__(self, store, rank, world, timeout=20.0, loud=False):
+        self.store, self.rank, self.world, self.timeout, self.loud = store.clone(), rank, world, timeout, loud
+        self.beats, self.ended = 0, False
+        self.at(0, "starting")                             # before anyone may read it
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def at(self, step, phase):
+        """starting (may take any time), computing, waiting for the others, or saving (the others wait)."""
+        self.step, self.phase, self.since = step, phase, time.monotonic()
+        self.beat()
+
+    def beat(self):
+        self.beats += 1
+        self.store.set(f"beat/{self.rank}", f"{self.beats} {self.step} {self.phase}")
+
+    def run(self):
+        while not self.ended:
+            try:
+                self.beat()
+            except Exception:                              # the store is gone, and who started us: no orphans
+                os._exit(1)
+            if self.phase in ("computing", "waiting") and time.monotonic() - self.since > self.timeout:
+                self.accuse("")
+            time.sleep(1)
+
+    def look(self):
+        beats = self.store.multi_get([f"beat/{r}" for r in range(self.world)])
+        return [beat.decode().split() for beat in beats]                     # count, step, phase of each rank
+
+    def accuse(self, error):
+        """A second look after three seconds tells who is alive. Of the living, who is behind hangs: at an
+        earlier step than the others, or still computing when they wait."""
+        before = self.look()
+        for _ in range(3):
+            time.sleep(1)
+            self.beat()                                    # this may be the thread that does it
+        after = self.look()
+        dead = [r for r in range(self.world) if r != self.rank and before[r] == after[r]]
+        if dead:
+            self.end(f"rank {dead[0]} at step {after[dead[0]][1]} does not answer: it was killed or stopped")
+        if error:
+            self.end(f"rank {self.rank} at step {self.step} lost the others: {error}")
+        if any(phase == "saving" for _, _, phase in after):
+            return self.at(self.step, self.phase)          # no fault: wait on
+        progress = [(int(step), phase == "waiting") for _, step, phase in after]
+        late, how = progress.index(min(progress)), "hangs" if len(set(progress)) > 1 else "waits like all"
+        self.end(f"rank {late} at step {after[late][1]} {how}: {self.timeout:g} s without progress "
+                 f"(--timeout allows more)")
+
+    def end(self, text, status=1):
+        """The first rank to come says its line, all others go in silence. Not sys.exit, which would wait for
+        messages that never come."""
+        if self.store.add("said", 1) == 1:
+            self.store.set("line", text)
+            if self.loud:
+                print(f"{os.path.basename(sys.argv[0])}: {text}", file=sys.stderr, flush=True)
+        os._exit(status)
+
+    def fail(self, e):
+        """What it means that this rank's job raised."""
+        text, here = M.first_line(e), f"rank {self.rank} at step {self.step}"
+        if isinstance(e, dist.DistError) or "gloo" in str(e):
+            self.accuse(text)
+        if isinstance(e, (ValueError, OSError)):
+            self.end(text if self.phase == "starting" else f"{here}: {text}", status=2)
+        where = traceback.extract_tb(e.__traceback__)[-1]
+        self.end(f"{here}: {type(e).__name__}: {text} ({os.path.basename(where.filename)}:{where.lineno})")
+
+
+def run_rank(job, args, store, rank, world, local_rank, device="cpu", timeout=20.0, loud=False):
+    """Join the group, run job(watch, *args), leave -> what job returned."""
+    watch = Watch(store, rank, world, timeout, loud)
+    try:
+        backend = "gloo"
+        if device == "cuda":
+            backend = "nccl"
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        result = job(watch, *args)
+        dist.barrier()                                     # nobody hangs up while another still listens
+        watch.ended = True
+        dist.destroy_process_group()
+        return result
+    except Exception as e:
+        watch.fail(e)
+
+
+def local_rank_main(pipe, job, args, port, rank, world, threads, options):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C: die in silence, the parent speaks
+    torch.set_num_threads(threads)
+    store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
+    pipe.send_bytes(pickle.dumps(run_rank(job, args, store, rank, world, rank, **options)))
+
+
+def launch(job, world_size, *args, **options):
+    """Run job(watch, *args) in world_size local processes -> their results; RankLost, or a rank's ValueError,
+    when all have ended. torchrun does the same, and for many hosts.
+
+    The parent holds the store, at a port that the system picks, and reads there where a dead rank was. Ranks
+    are forked from a server that has imported torch once, and has no threads yet.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch._dynamo"])               # every optimizer imports both
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    threads, ranks, pipes, results = max(1, torch.get_num_threads() // world_size), [], [], {}
+    try:
+        for rank in range(world_size):
+            ours, theirs = context.Pipe(duplex=False)
+            ranks.append(context.Process(target=local_rank_main, daemon=True, args=(
+                theirs, job, args, store.port, rank, world_size, threads, options)))
+            ranks[-1].start()
+            theirs.close()                                 # so that the process's end ends the pipe
+            pipes.append(ours)
+        try:
+            collect(store, ranks, pipes, results)
+        except KeyboardInterrupt:                          # training saves and returns, all else dies
+            for process in ranks:
+                os.kill(process.pid, signal.SIGINT)
+            with contextlib.suppress(RankLost):
+                collect(store, ranks, pipes, results)
+            if len(results) < world_size:
+                raise
+    finally:
+        for process in ranks:
+            process.join(5 if len(results) == world_size else 0)
+            process.kill()                                 # also one that is stopped
+            process.join()
+    return [results[rank] for rank in range(world_size)]
+
+
+def collect(store, ranks, pipes, results):
+    while len(results) < len(pipes):
+        for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in results]):
+            rank = pipes.index(pipe)
+            try:
+                results[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                ranks[rank].join()
+                status = ranks[rank].exitcode
+                if store.add("said", 1) > 1:               # a rank has named the cause
+                    raise (ValueError if status == 2 else RankLost)(store.get("line").decode()) from None
+                how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+                at = store.get(f"beat/{rank}").decode().split()[1] if store.check([f"beat/{rank}"]) else 0
+                raise RankLost(f"rank {rank} at step {at}: {how}") from None
+
+
+def check_alike(facts):
+    """facts {name: plain value} must agree on all ranks. Other code, data, flags or weights on one of them
+    would raise no error, and train something else."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    odd = [f"rank {r} has {name} {theirs[name]!r}, rank 0 {everyone[0][name]!r}"
+           for r, theirs in enumerate(everyone) for name in facts if theirs[name] != everyone[0][name]]
+    if odd:
+        raise ValueError("the ranks differ: " + "; ".join(odd[:3]))
+
+
+# --- 7. training --------------------------------------------------------------------------------------------
+
+def backward(model, ids, positions=None, micro_batch=0, autocast=contextlib.nullcontext):
+    """ids (B,T+1), the positions (T,) that this rank works on, None for all -> mean loss; gradients add up in
+    .grad. A micro-batch's loss is a mean, so it is divided by their number; the ranks' are averaged later."""
+    parts, total = ids.split(micro_batch or len(ids)), 0.0
+    for i, part in enumerate(parts):
+        quiet = isinstance(model, NaiveDDP) and i < len(parts) - 1
+        with model.no_sync() if quiet else contextlib.nullcontext():
+            with autocast():
+                if positions is None:
+                    loss, objective = M.training_loss(model, part[:, :-1], part[:, 1:])
+                else:
+                    loss, _ = M.lm_loss(model(part[:, positions], positions), part[:, positions + 1])
+                    objective = loss + M.unwrapped(model).aux_loss()
+            with record_function("backward"):
+                (objective / len(parts)).backward()
+        total = total + loss.detach() / len(parts)
+    return total
+
+
+def update(model, optimizer, clip):
+    """Average, clip to the global norm, step -> the norm: of the mean gradient, so the same on all ranks."""
+    net = M.unwrapped(model)
+    if isinstance(model, NaiveDDP):
+        model.finish_gradient_synchronization()
+        for moe in net.modules():                          # experts are balanced over all tokens
+            if isinstance(moe, M.MoE) and moe.bias is not None:
+                average(moe.load)
+    norm = nn.utils.clip_grad_norm_(net.parameters(), clip or math.inf)
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the gradient's norm is {norm.item()}: try a smaller --lr or --clip")
+    optimizer.step()
+    optimizer.zero_grad()
+    net.balance_experts()
+    return norm
+
+
+def make_optimizer(model, lr):
+    """AdamW. Matrices decay, vectors (norms, biases) do not."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([{"params": [p for p in params if p.dim() >= 2], "weight_decay": 0.1},
+                              {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}],
+                             lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate(step, steps, peak):
+    """A line up over the first 2% of steps 1..steps, then half a cosine down to a tenth at the last."""
+    warm = max(1, steps // 50)
+    down = max(0, step - warm) / max(1, steps - warm)
+    return peak * min(step / warm, 0.55 + 0.45 * math.cos(math.pi * down))
+
+
+def windows(tokens, T, numbers):
+    """Windows of T tokens and their targets -> (len(numbers), T+1) int64."""
+    return torch.from_numpy(np.stack([tokens[i * T:i * T + T + 1] for i in numbers]).astype(np.int64))
+
+
+@functools.lru_cache(2)
+def window_order(seed, epoch, count):
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def batch(tokens, T, first, n, seed):
+    """Sequences number first .. first+n-1 of the run. What they are depends on the seed alone: any number of
+    ranks reads the same ones in the same step, and a run goes on with more ranks, or fewer."""
+    count = (len(tokens) - 1) // T
+    if count < 1:
+        raise ValueError(f"{len(tokens):,} tokens are less than a context of {T}: try --context_length "
+                         f"{max(1, len(tokens) - 1)}")
+    numbers = range(first, first + n)
+    return windows(tokens, T, [window_order(seed, i // count, count)[i % count] for i in numbers])
+
+
+class Stop:
+    """SIGTERM and SIGINT are noted, not obeyed: all ranks must leave after the same step."""
+    asked = 0
+
+    def __init__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = number
+
+
+class Run:
+    """A training run on this rank. Of P ranks, C neighbours form a lane: they share its sequences."""
+    def __init__(self, args, folder, resume):
+        self.args, self.rank, self.P, C = args, dist.get_rank(), dist.get_world_size(), args.sequence_ranks
+        self.lane, self.lanes, self.share = self.rank // C, self.P // C, args.batch_size // (self.P // C)
+        self.device = f"cuda:{torch.cuda.current_device()}" if dist.get_backend() == "nccl" else "cpu"
+        self.tokenizer = bpe.load_tokenizer(os.path.join(folder, "tokenizer.json"))
+        self.tokens, self.val = (bpe.load_tokens(os.path.join(folder, f"{part}.bin"), self.tokenizer)
+                                 for part in ("train", "val"))
+        torch.manual_seed(args.seed)
+        self.model = M.Transformer(M.model_config(args, vocab_size=self.tokenizer.vocab_size)).to(self.device)
+        self.T = self.model.config.context_length
+        check_alike({**vars(args), **self.fingerprint()})
+        self.optimizer = make_optimizer(self.model, args.lr)
+        self.path = os.path.join(args.out, "checkpoint.pt")
+        self.first = self.restore() if resume else 0       # steps that are done
+        self.positions = None                              # all of them
+        if C > 1:                                          # all ranks make all groups, their own and others'
+            groups = [dist.new_group(range(i, i + C)) for i in range(0, self.P, C)]
+            self.positions = split_sequences(self.model, groups[self.lane], args.attention).to(self.device)
+        self.ddp = WAYS[args.way](self.model, args.bucket_mb)
+        bf16 = "cuda" in self.device and torch.cuda.is_bf16_supported()
+        self.autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)
+
+    def fingerprint(self):
+        """What must agree before the first step, besides the flags."""
+        code = hashlib.sha256()
+        for path in (M.__file__, bpe.__file__, __file__):
+            with open(path, "rb") as f:
+                code.update(f.read())
+        return {"torch": torch.__version__, "code": code.hexdigest()[:12],
+                "tokens": f"{len(self.tokens)} of tokenizer {self.tokenizer.hash()}",
+                "weights": sum(p.double().sum().item() for p in self.model.parameters())}
+
+    def restore(self):
+        """Read the checkpoint -> steps done. What decides the numbers may not change; how many ranks may."""
+        state = M.load_checkpoint(self.path)
+        before = state.get("ddp")
+        if not before:
+            raise ValueError(f"{self.path} was not written by ddp.py: train afresh with another --out")
+        before["tokenizer"], now = state["tokenizer"], {**vars(self.args), "tokenizer": self.tokenizer.hash()}
+        for name in ("batch_size", "steps", "lr", "clip", "seed", "tokenizer"):
+            if before[name] != now[name]:
+                raise ValueError(f"{self.path} was made with {name} {before[name]}, not {now[name]}: "
+                                 f"give the same, or drop --resume")
+        M.load_weights(self.model, state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
+
+    def step(self, step, watch, asked):
+        """One optimizer step -> the log's fields, and whether a rank was asked to stop."""
+        args, start, lr = self.args, time.perf_counter(), learning_rate(step, self.args.steps, self.args.lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        torch.manual_seed((args.seed << 40) + (step << 16) + self.rank)      # dropout; nothing to be saved
+        first = (step - 1) * args.batch_size + self.lane * self.share
+        ids = batch(self.tokens, self.T, first, self.share, args.seed).to(self.device)
+        loss = backward(self.ddp, ids, self.positions, args.micro_batch, self.autocast)
+        watch.at(step, "waiting")
+        norm = update(self.ddp, self.optimizer, args.clip)
+        stats = torch.stack((loss / self.P, loss.new_tensor(float(asked))))
+        dist.all_reduce(stats)                             # the stop rides on the loss
+        seconds, tokens = time.perf_counter() - start, args.batch_size * self.T
+        return dict(step=step, tokens=step * tokens, loss=stats[0].item(), lr=lr, gnorm=norm.item(),
+                    step_ms=1000 * seconds, tok_s=tokens / seconds), bool(stats[1])
+
+    @torch.no_grad()
+    def held_out_loss(self, most=1_000_000):
+        """Nats a token over val.bin, at most `most` tokens of it; the lanes take turns."""
+        total, count = torch.zeros(2, device=self.device), (min(most, len(self.val)) - 1) // self.T
+        for first in range(self.lane * self.share, count, self.lanes * self.share):
+            ids = windows(self.val, self.T, range(first, min(first + self.share, count))).to(self.device)
+            at = torch.arange(self.T) if self.positions is None else self.positions
+            with self.autocast():
+                loss = M.lm_loss(self.model(ids[:, at], at.to(self.device)), ids[:, at + 1])[0]
+            total += len(ids) * torch.stack((loss, torch.ones_like(loss)))
+        dist.all_reduce(total)
+        return (total[0] / total[1]).item()
+
+
+def train(watch, args, folder, resume):
+    """The whole run on this rank -> the number of the signal that ended it, or 0."""
+    run, stop = Run(args, folder, resume), Stop()
+    main, tokens = run.rank == 0, args.batch_size * run.T
+    say = functools.partial(print, flush=True) if main else lambda *_, **__: None
+    say(f"{M.num_params(run.model.config):,} parameters on each of {run.P} ranks; a step {tokens:,} tokens = "
+        f"{run.lanes} x {run.share} sequences of {run.T}, {args.sequence_ranks} ranks a sequence; "
+        f"{dist.get_backend()}, {args.way}, seed {args.seed}")
+    with open(os.path.join(args.out, "log.jsonl"), "a" if resume else "w") if main else \
+            contextlib.nullcontext() as log:               # after a restart some steps stand there twice
+        for step in range(run.first + 1, args.steps + 1):
+            watch.at(step, "computing")
+            trace = os.path.join(args.out, f"trace{run.rank}.json")
+            tracing = args.dump_trace and step == run.first + 3
+            with traced(trace) if tracing else contextlib.nullcontext():
+                fields, asked = run.step(step, watch, stop.asked)
+            say(json.dumps(dict(kind="train", **fields)), file=log)
+            if step % args.log_steps == 0 or step == args.steps:
+                say("step {step:>6}/{} | loss {loss:7.4f} | lr {lr:.2e} | gnorm {gnorm:6.2f} | "
+                    "{step_ms:7.1f} ms | {tok_s:>9,.0f} tok/s".format(args.steps, **fields))
+            if main and (asked or step % args.save_steps == 0 or step == args.steps):
+                watch.at(step, "saving")                   # the others go on, and wait at the next average
+                M.save_checkpoint(run.path, run.model, run.optimizer, step, ddp=vars(args),
+                                  tokenizer=run.tokenizer.hash())
+            if asked:
+                say(f"stopped: saved {run.path} at step {step}; the same command with --resume goes on")
+                return stop.asked or signal.SIGTERM
+    watch.at(args.steps, "saving")                         # an evaluation may take its time, too
+    say(f"held out: loss {run.held_out_loss():.4f} nats/token; saved {run.path}")
+    return 0
+
+
+# --- 8. the lecture -----------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def traced(path):
+    """with traced("x.json"): ...   writes a Chrome trace; ui.perfetto.dev shows it.
+    torch 2.13 writes two lines about each trace to stderr, from C++; they go nowhere."""
+    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 2)
+    try:
+        with profile() as prof:
+            yield
+    finally:
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(null)
+    prof.export_chrome_trace(path)
+
+
+def timeline(path):
+    """A Chrome trace -> {"backward", "matmul", "messages": [(start, end), ...]}, ms since backward began."""
+    names = {"backward": ("backward",), "matmul": ("aten::mm",),
+             "messages": ("gloo:all_reduce", "ncclDevKernel_AllReduce")}
+    with open(path) as f:
+        events = [e for e in json.load(f)["traceEvents"] if "dur" in e]
+    zero = min(e["ts"] for e in events if e["name"] == "backward")
+    return {what: sorted(((e["ts"] - zero) / 1000, (e["ts"] - zero + e["dur"]) / 1000) for e in events
+                         if e["name"].startswith(starts)) for what, starts in names.items()}
+
+
+def hidden_share(spans):
+    """The part of the messages' time that lies within the backward pass."""
+    end, messages = spans["backward"][0][1], spans["messages"]
+    inside = sum(max(0.0, min(b, end) - max(a, 0.0)) for a, b in messages)
+    return inside / sum(b - a for a, b in messages)
+
+
+def show_collectives():
+    P, rank = dist.get_world_size(), dist.get_rank()
+    before = torch.arange(P) + 10 * rank
+    mine = {name: x.tolist() for name, x in {"before": before, **eight_collectives(before)}.items()}
+    everyone = [None] * P
+    dist.all_gather_object(everyone, mine)
+    if rank == 0:
+        M.table("Eight collectives: what each rank holds afterwards", ["", *(f"rank {r}" for r in range(P))],
+                [[name, *(" ".join(map(str, held[name])) or "-" for held in everyone)] for name in mine])
+
+
+def show_rings(n=1_200_000):
+    """All-reduce of about n fp32 numbers in two ways: messages, bytes and error."""
+    P, rows = dist.get_world_size(), []
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(n // P * P)
+    total = x.clone()
+    dist.all_reduce(total)
+    for name, function, messages, sent in (
+            ("whole tensors around the ring", ring_all_reduce_naive, P - 1, (P - 1) * x.nbytes),
+            ("reduce-scatter, all-gather", ring_all_reduce, 2 * (P - 1), all_reduce_bytes(x.nbytes, P))):
+        with Count() as count:
+            error = (function(x) - total).abs().max()
+        rows.append([name, f"{messages}", f"{count.calls.get('send', 0)}", f"{sent:,.0f}",
+                     f"{count.sent(P):,.0f}", f"{error:.0e}"])
+    if dist.get_rank() == 0:
+        M.table(f"All-reduce of {x.nbytes:,} bytes on {P} ranks by hand: what one rank sends",
+                ["", "messages", "counted", "bytes", "counted", "error against torch"], rows)
+
+
+def show_ways(out, steps=5, rounds=5):
+    """The four ways on a model of many small parameters: equal to one process, bytes as predicted, time. Adam
+    divides by the gradient's size: where that is close to 0, its rounding is what the error shows."""
+    P, rank = dist.get_world_size(), dist.get_rank()
+    c = M.ModelConfig(vocab_size=512, context_length=64, num_layers=10, d_model=64, num_heads=1, qk_norm=True)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 512, (4 * P, 65))
+
+    def trained(wrap, ids):
+        torch.manual_seed(0)
+        model = wrap(M.Transformer(c))
+        optimizer = make_optimizer(model, 1e-3)
+        for _ in range(steps):
+            backward(model, ids)
+            update(model, optimizer, 1.0)
+        return model, optimizer
+    single, _ = trained(lambda model: model, ids)          # one process, the whole batch
+    mine, runs, counts, errors, spans, hidden = ids.chunk(P)[rank], {}, {}, {}, {}, {}
+    for name, way in WAYS.items():
+        with Count() as counts[name]:
+            runs[name] = trained(functools.partial(way, bucket_mb=0.25), mine)
+        errors[name] = max((p - q).abs().max().item()
+                           for p, q in zip(runs[name][0].parameters(), single.parameters()))
+        trace = os.path.join(out, f"ddp-{name}{rank}.json")
+        with traced(trace):
+            backward(runs[name][0], mine)
+            update(*runs[name], 1.0)
+        spans[name] = timeline(trace)
+        hidden[name] = torch.tensor(hidden_share(spans[name]))
+        dist.all_reduce(hidden[name], dist.ReduceOp.MAX)   # of the slowest rank: the others wait for it alone
+    times, n, rows = time_ways(runs, mine, rounds), 4 * M.num_params(c), []
+    for name in runs:
+        share, alone = hidden[name].item(), times[f"{name} alone"]
+        rows.append([name, f"{counts[name].calls['allreduce_'] // steps}", f"{all_reduce_bytes(n, P):,.0f}",
+                     f"{counts[name].sent(P) / steps:,.0f}", f"{alone:.1f}", f"{share:.0%}",
+                     f"{times['compute'] + (1 - share) * alone:.1f}", f"{times[name]:.1f}",
+                     f"{errors[name]:.0e}"])
+    if rank == 0:
+        M.table(f"Averaging {len(list(single.parameters()))} gradients on {P} ranks; a step: computing, "
+                f"{times['compute']:.1f} ms, and what is not hidden of the messages", [
+                    "", "messages", "bytes", "counted", "ms alone", "hidden", "ms a step", "measured",
+                    f"error, {steps} steps"], rows)
+        plot(os.path.join(out, "ddp.png"), spans)
+
+
+def time_ways(runs, ids, rounds):
+    """Medians in ms, taken in turn: of a step, of its messages alone, and of a step without any."""
+    seen = {}
+
+    def clock(name, job, *args):
+        dist.barrier()
+        start = time.perf_counter()
+        job(*args)
+        seen.setdefault(name, []).append(1000 * (time.perf_counter() - start))
+
+    def step(ddp, optimizer, sync=True):
+        with contextlib.nullcontext() if sync else ddp.no_sync():
+            backward(ddp, ids)
+        update(ddp if sync else ddp.module, optimizer, 1.0)
+    for _ in range(rounds):
+        clock("compute", step, *runs["naive"], False)
+        for name, (ddp, optimizer) in runs.items():
+            clock(name, step, ddp, optimizer)
+            with ddp.no_sync():
+                backward(ddp, ids)
+            clock(f"{name} alone", ddp.finish_gradient_synchronization)
+            optimizer.zero_grad()
+    return {name: statistics.median(ms) for name, ms in seen.items()}
+
+
+def show_sequences(batch_size=2):
+    """One sequence on all ranks: bytes against the formula, gradients against a single process."""
+    P, rows = dist.get_world_size(), []
+    c = M.ModelConfig(vocab_size=512, context_length=128 * P, num_layers=2, d_model=64 * P, num_heads=2 * P,
+                      num_kv_heads=P, init="glorot")
+    torch.manual_seed(0)
+    ids, single = torch.randint(0, 512, (batch_size, c.context_length + 1)), M.Transformer(c)
+    backward(single, ids)
+    for way in ("ring", "ulysses"):
+        model = M.Transformer(c)
+        model.load_state_dict(single.state_dict())
+        positions = split_sequences(model, dist.group.WORLD, way)
+        with Count() as count:
+            backward(model, ids, positions)
+        FlatDDP(model).finish_gradient_synchronization()
+        error = max((p.grad - q.grad).abs().max() / q.grad.abs().max()
+                    for p, q in zip(model.parameters(), single.parameters()))
+        rows.append([way, f"{sequence_bytes(c, batch_size, P, way):,.0f}", f"{count.sent(P):,.0f}",
+                     f"{error:.0e}"])
+    if dist.get_rank() == 0:
+        M.table(f"{c.context_length} tokens on {P} ranks, {c.num_heads} heads, {c.kv_heads} key/value heads",
+                ["", "bytes", "counted", "relative error of gradients"], rows)
+
+
+def show_limits(tokens=4e6, flops=0.4 * 989e12):
+    if dist.get_rank() == 0:
+        M.table(f"Ranks until averaging shows: {tokens:,.0f} tokens a step, bf16, {flops / 1e12:.0f} TFLOP/s",
+                ["wires", "bytes/s", "ranks"],
+                [[name, f"{wires:.1e}", f"{useful_ranks(tokens, flops, wires):,.0f}"] for name, wires in
+                 (("NVLink", 4.5e11), ("InfiniBand NDR", 5e10), ("10 Gb Ethernet", 1.2e9))])
+
+
+def plot(path, spans):
+    """When backward computes, and when messages are under way."""
+    plt = M.pyplot()
+    if plt is None:
+        return
+    fig, axes = plt.subplots(len(spans), 1, figsize=(10, 1.2 * len(spans) + 1), sharex=True)
+    for ax, (name, span) in zip(axes, spans.items()):
+        for y, what, colour in ((1, "backward", "tab:blue"), (0, "messages", "tab:orange")):
+            ax.broken_barh([(a, b - a) for a, b in span[what]], (y, 0.8), color=colour)
+        ax.set_yticks([0.4, 1.4], ["messages", "backward"])
+        ax.set_title(f"{name}: {hidden_share(span):.0%} hidden", loc="left", fontsize=9)
+    axes[-1].set_xlabel("ms since the backward pass began")
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    print(f"\nsaved {path}, and Chrome traces {os.path.dirname(path)}/ddp-*.json")
+
+
+def lecture(watch, args):
+    show_collectives()
+    show_rings()
+    show_ways(args.out)
+    show_sequences()
+    show_limits()
+    return 0
+
+
+def bench_collectives(watch, args, repeats=5):
+    """Medians over sizes. Algorithm bandwidth, bytes / time, is what a caller sees; bus bandwidth, times the
+    ring's factor, is what the wires carry: that is the one to compare with the hardware, at any P."""
+    P, rows = dist.get_world_size(), []
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    for mb in args.bench_collectives:
+        whole = torch.ones(int(mb * 250_000) // P * P, device=device)        # fp32
+        part, other = torch.empty(len(whole) // P, device=device), torch.empty_like(whole)
+        for name, passes, job in (("all-reduce", 2, lambda: average(whole)),
+                                  ("all-reduce by hand", 2, lambda: ring_all_reduce(whole)),
+                                  ("reduce-scatter", 1, lambda: reduce_scatter(part, whole)),
+                                  ("all-gather", 1, lambda: all_gather(other, part)),
+                                  ("all-to-all", 1, lambda: dist.all_to_all_single(other, whole))):
+            times = []
+            for _ in range(repeats + 2):                   # two to warm up
+                dist.barrier()
+                start = time.perf_counter()
+                job()
+                if device == "cuda":
+                    torch.cuda.synchronize()               # the call returns when the work is queued
+                times.append(time.perf_counter() - start)
+            seconds = statistics.median(times[2:])
+            rows.append([name, f"{mb:g}", f"{1e3 * seconds:.2f}", f"{mb / 1e3 / seconds:.2f}",
+                         f"{passes * (P - 1) / P * mb / 1e3 / seconds:.2f}"])
+    if dist.get_rank() == 0:
+        M.table(f"{P} ranks, {dist.get_backend()}, load {os.getloadavg()[0]:.1f}, medians of {repeats}",
+                ["", "MB", "ms", "algorithm GB/s", "bus GB/s"], rows)
+    return 0
+
+
+# --- 9. command line ----------------------------------------------------------------------------------------
+
+def make_parser():
+    p = M.cli(__doc__)
+    flag = p.add_argument
+    flag("--steps", type=int, default=0, help="optimizer steps to train; 0: the lecture")
+    flag("--bench_collectives", type=lambda text: [float(mb) for mb in text.split(",")], metavar="MB,MB",
+         help="time the collectives at these sizes, megabytes")
+    flag("--world_size", type=int, default=2, help="local ranks to start; torchrun brings its own")
+    flag("--way", choices=WAYS, default="bucketed", help="how gradients are averaged")
+    flag("--bucket_mb", type=float, default=25.0, help="size of a bucket, megabytes")
+    flag("--sequence_ranks", type=int, default=1, help="C: neighbouring ranks that share each sequence")
+    flag("--attention", choices=("ring", "ulysses"), default="ring", help="of sequences on several ranks")
+    flag("--batch_size", type=int, default=8, help="sequences per optimizer step, of all ranks together")
+    flag("--micro_batch", type=int, default=0, help="sequences at a time on a rank; 0: all of its share")
+    flag("--lr", type=float, default=3e-3, help="peak learning rate of AdamW")
+    flag("--clip", type=float, default=1.0, help="largest l2 norm of all gradients together; 0: no clipping")
+    flag("--data", metavar="PATH", help="a folder with train.bin, val.bin and tokenizer.json, or text; "
+                                        "without it the Python standard library")
+    flag("--out", default="out", metavar="DIR", help="folder for everything the run makes")
+    flag("--resume", action="store_true", help="go on from the checkpoint in --out")
+    flag("--save_steps", type=int, default=100, help="steps between checkpoints")
+    flag("--log_steps", type=int, default=10, help="steps between lines on the screen")
+    flag("--dump_trace", action="store_true", help="write a Chrome trace of the third step to --out")
+    flag("--timeout", type=float, default=20.0, help="seconds without progress until a rank counts as hung")
+    flag("--device", default="auto", help="cuda or cpu; auto takes the first there is")
+    flag("--seed", type=int, default=0, help="of weights and data order")
+    M.add_model_flags(p)
+    return p
+
+
+def check(args, world):
+    """Values that argparse cannot judge alone."""
+    for name, least in dict(steps=0, world_size=1, sequence_ranks=1, batch_size=1, micro_batch=0, lr=0,
+                            clip=0, save_steps=1, log_steps=1, timeout=1, bucket_mb=0, seed=0).items():
+        if not least <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)} is out of range: {least} or more")
+    C, B = args.sequence_ranks, args.batch_size
+    if world % C:
+        raise ValueError(f"{world} ranks do not split into groups of --sequence_ranks {C}: "
+                         f"try {math.gcd(world, C)}")
+    lanes = world // C
+    if args.steps and B % lanes:
+        raise ValueError(f"--batch_size {B} does not split into {lanes} equal shares, and with unequal ones "
+                         f"the mean is wrong: try --batch_size {lanes * max(1, round(B / lanes))}")
+    if args.micro_batch and B // lanes % args.micro_batch:
+        raise ValueError(f"a share of {B // lanes} sequences is not a multiple of --micro_batch "
+                         f"{args.micro_batch}: try --micro_batch {math.gcd(B // lanes, args.micro_batch)}")
+    M.model_config(args)
+
+
+def parse_args(argv=None):
+    """Parsed and checked; nothing runs."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    try:
+        check(args, int(os.environ.get("WORLD_SIZE", args.world_size)))
+    except ValueError as e:
+        parser.error(M.first_line(e))
+    return args
+
+
+def prepare(args, restarted=False):
+    """What one process does before the ranks join: token files, the old checkpoint -> (folder, resume).
+    Several hosts share --data and --out."""
+    os.makedirs(args.out, exist_ok=True)
+    folder, path = args.data or args.out, os.path.join(args.out, "checkpoint.pt")
+    if not (args.data and os.path.exists(os.path.join(args.data, "train.bin"))):
+        folder = args.out
+        bpe.prepare(folder, args.data, vocab_size=M.model_config(args).vocab_size)
+    if restarted or args.resume:
+        return folder, args.resume or os.path.exists(path)
+    if os.path.exists(path):
+        os.replace(path, os.path.join(args.out, "checkpoint.old.pt"))
+    return folder, False
+
+
+def torchrun_rank(job, args, options):
+    """torchrun has started this process, and the others. Rank 0 prepares; a restart goes on by itself."""
+    store, rank, world = next(dist.rendezvous("env://"))
+    restarts, more = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), ()
+    store = dist.PrefixStore(f"start{restarts}", store)    # the addresses of the dead are in there, too
+    if job is train:
+        if rank == 0:
+            store.set("prepared", json.dumps(prepare(args, restarts > 0)))
+        store.wait(["prepared"], datetime.timedelta(days=1))
+        more = json.loads(store.get("prepared"))
+    return run_rank(job, (args, *more), store, rank, world, int(os.environ["LOCAL_RANK"]), loud=True,
+                    **options)
+
+
+def main(argv=None):
+    args, parser = parse_args(argv), make_parser()
+    job = bench_collectives if args.bench_collectives else train if args.steps else lecture
+    try:
+        os.makedirs(args.out, exist_ok=True)
+        # The lecture runs on CPUs, the same everywhere; for mps there is no backend.
+        cuda = job is not lecture and M.pick_device(args.device).startswith("cuda")
+        options = dict(device="cuda" if cuda else "cpu", timeout=args.timeout)
+        if "RANK" in os.environ:
+            status = torchrun_rank(job, args, options)
+        else:
+            if cuda and args.world_size > (gpus := torch.cuda.device_count()):
+                raise ValueError(f"--world_size {args.world_size} needs as many GPUs, and here are {gpus}: "
+                                 f"try --world_size {gpus} or --device cpu")
+            more = prepare(args) if job is train else ()
+            status = launch(job, args.world_size, args, *more, **options)[0]
+    except RankLost as e:
+        parser.exit(1, f"{parser.prog}: {e}\n")
+    except (ValueError, OSError) as e:
+        parser.error(M.first_line(e))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+    if status:
+        raise SystemExit(128 + status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""bench_infer.py - decoding against transformers, continuous batching against static, speculation against plain.
+
+Run    python tests/bench_infer.py                  # all parts, about 4 minutes on two idle cores
+       python tests/bench_infer.py --only peers     # one of: peers, batching, speculation, memory
+
+peers        The same random weights in `transformers` (LlamaForCausalLM, generate with its cache) and here: prefill,
+             and decoding at batch 1 and 16, greedy; the texts must be the same. The two take turns; medians.
+batching     64 requests with prompts of 4 to 120 and answers of 4 to 100 tokens: one at a time, static batches of 16
+             (padded, all wait for the longest), continuous with 16 rows.
+speculation  A target of 8 layers and a draft of its first, with the same output matrix. Random layers do not agree, so
+             the target's later layers are scaled down until the draft is right about 7 times in 10: the speed at a
+             stated acceptance, not a claim about trained pairs.
+memory       Bytes of the weights as int8 and int4.
+"""
+import copy
+import os
+import random
+import statistics
+import sys
+import time
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import model as M                                                            # before torch: see model.py
+import infer as I
+
+import torch
+
+
+def model_of(d_model, num_layers, num_heads, vocab_size=4096, context_length=512):
+    torch.manual_seed(0)
+    return M.Transformer(M.ModelConfig(vocab_size=vocab_size, context_length=context_length, d_model=d_model,
+                                       num_layers=num_layers, num_heads=num_heads, init="glorot")).eval()
+
+
+@torch.no_grad()
+def as_llama(model):
+    """The same weights in transformers. It pairs j with j + H/2 in RoPE, model.py neighbours: rows are reordered."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    c = model.config
+    D, H, N = c.d_model, c.head_dim, c.num_heads
+    peer = LlamaForCausalLM(LlamaConfig(
+        vocab_size=c.vocab_size, hidden_size=D, intermediate_size=c.ffn_dim, num_hidden_layers=c.num_layers,
+        num_attention_heads=N, max_position_embeddings=c.context_length, rms_norm_eps=c.norm_eps,
+        rope_theta=c.rope_theta, tie_word_embeddings=False)).eval()
+    order = torch.cat([n * H + torch.cat((torch.arange(0, H, 2), torch.arange(1, H, 2))) for n in range(N)])
+    peer.model.embed_tokens.weight.copy_(model.embedding.weight)
+    peer.model.norm.weight.copy_(model.norm.weight)
+    peer.lm_head.weight.copy_(model.head.weight)
+    for ours, theirs in zip(model.blocks, peer.model.layers):
+        q, k, v = ours.mixer.wqkv.weight.chunk(3)
+        pairs = [(theirs.self_attn.q_proj, q[order]), (theirs.self_attn.k_proj, k[order]), (theirs.self_attn.v_proj, v),
+                 (theirs.self_attn.o_proj, ours.mixer.wo.weight), (theirs.mlp.gate_proj, ours.ffn.w1.weight),
+                 (theirs.mlp.up_proj, ours.ffn.w3.weight), (theirs.mlp.down_proj, ours.ffn.w2.weight),
+                 (theirs.input_layernorm, ours.norm1.weight), (theirs.post_attention_layernorm, ours.norm2.weight)]
+        for module, weight in pairs:
+            module.weight.copy_(weight)
+    return peer
+
+
+def seconds(f):
+    begin = time.perf_counter()
+    out = f()
+    return time.perf_counter() - begin, out
+
+
+def peers(rounds, prompt_length=128, new=48, shapes=((256, 12, 4), (384, 8, 6), (512, 8, 8))):
+    rows = []
+    for shape in shapes:
+        model = model_of(*shape)
+        peer = as_llama(model)
+        I.tune(model)
+        for B in (1, 16):
+            ids = torch.randint(0, 4096, (B, prompt_length), generator=torch.Generator().manual_seed(1))
+            def ours(n):
+                engine = I.Engine(model, B, 0, chunk=10**6, share=False)
+                return engine.generate([I.Request(row, n, temperature=0) for row in ids.tolist()])
+            def theirs(n):
+                return peer.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, min_new_tokens=n,
+                                     do_sample=False, pad_token_id=0)[:, prompt_length:].tolist()
+            def one_pass(f):                               # all texts' prompts in one pass, as generate feeds them
+                with torch.inference_mode():
+                    return f(ids)
+            times = {name: [] for name in ("ours 1", "ours n", "peer 1", "peer n")}
+            for _ in range(rounds + 1):
+                for name, f in (("ours 1", ours), ("peer 1", theirs)):
+                    times[name].append(seconds(lambda: f(1))[0])
+                a, first = seconds(lambda: ours(new))
+                b, second = seconds(lambda: theirs(new))
+                times["ours n"].append(a)
+                times["peer n"].append(b)
+            t = {name: statistics.median(v[1:]) for name, v in times.items()}                  # the first warms up
+            same = sum(x == y for p, q in zip(first, second) for x, y in zip(p, q)) / (B * new)
+            step = [(t[who + " n"] - t[who + " 1"]) / (new - 1) for who in ("ours", "peer")]
+            rows.append([f"{M.num_params(model.config) / 1e6:.1f}M, {shape[1]} x {shape[0]}", str(B),
+                         f"{B / step[0]:,.0f}", f"{B / step[1]:,.0f}", f"{step[1] / step[0]:.2f}x",
+                         f"{t['ours 1'] * 1e3:.0f}", f"{t['peer 1'] * 1e3:.0f}", f"{t['peer 1'] / t['ours 1']:.2f}x",
+                         f"{same:.1%}"])
+    import transformers
+    M.table(f"Greedy decoding after {prompt_length} tokens, against transformers {transformers.__version__}, fp32; {header()}",
+            ["model", "batch", "ours tok/s", "peer", "ratio", "prefill ms", "peer", "ratio", "same text"], rows)
+
+
+def batching(rounds, count=64, rows=16):
+    model, rng = model_of(256, 8, 4), random.Random(0)
+    prompts = [[rng.randrange(4096) for _ in range(rng.randrange(4, 121))] for _ in range(count)]
+    limits = [rng.randrange(4, 101) for _ in prompts]
+    tuned = I.tune(copy.deepcopy(model))
+    def engine(B, block_size):
+        return lambda: I.Engine(tuned, B, block_size).generate(
+            [I.Request(list(p), n, temperature=0) for p, n in zip(prompts, limits)])
+    runs = {"one at a time": engine(1, 0),
+            f"static, {rows} padded, model.py as it is": lambda: I.generate_static(model, prompts, limits, rows),
+            f"static, {rows} padded, tuned": lambda: I.generate_static(tuned, prompts, limits, rows),
+            f"continuous, {rows} rows": engine(rows, 0), f"continuous, {rows} rows, paged": engine(rows, 16)}
+    times, texts = {name: [] for name in runs}, {}
+    for _ in range(rounds):
+        for name, f in runs.items():
+            t, texts[name] = seconds(f)
+            times[name].append(t)
+    total, base = sum(limits), statistics.median(times["one at a time"])
+    M.table(f"{count} mixed requests, {total:,} new tokens, {M.num_params(model.config) / 1e6:.1f}M parameters; {header()}",
+            ["", "tokens/s", "against one at a time", "same text"],
+            [[name, f"{total / statistics.median(t):,.0f}", f"{base / statistics.median(t):.2f}x",
+              f"{sum(x == y for a, b in zip(texts[name], texts['one at a time']) for x, y in zip(a, b)) / total:.1%}"]
+             for name, t in times.items()])
+
+
+def agreement(model, scale, k):
+    """The target with its later layers scaled, its first layer as draft, and how often the draft is right."""
+    target = copy.deepcopy(model)
+    with torch.no_grad():
+        for block in target.blocks[1:]:
+            block.mixer.wo.weight.mul_(scale)
+            block.ffn.w2.weight.mul_(scale)
+    draft = copy.deepcopy(target)
+    draft.blocks = draft.blocks[:1]
+    I.tune(target), I.tune(draft)
+    engine = I.Engine(target, 8, 0, drafter=I.DraftModel(draft, k), share=False)
+    engine.generate([I.Request([i + 1] * 16, 48, temperature=0) for i in range(8)])
+    return target, draft, engine.counters["accepted"] / engine.counters["drafted"]
+
+
+def speculation(rounds, k=4):
+    model, rows, low, high = model_of(512, 8, 8, vocab_size=512), [], 0.0, 1.0
+    for _ in range(8):
+        target, draft, rate = agreement(model, (low + high) / 2, k)
+        low, high = ((low + high) / 2, high) if rate > 0.62 else (low, (low + high) / 2)
+    for B in (1, 4):
+        def run(drafter):
+            engine = I.Engine(target, B, 0, drafter=drafter, share=False)
+            requests = [engine.add(I.Request([7 * i + 1] * 32, 96, temperature=0)) for i in range(B)]
+            while any(r.fresh for r in requests):
+                engine.step()
+            t, _ = seconds(lambda: [engine.step() for _ in iter(engine.busy, False)])
+            return t, [r.output for r in requests], engine.counters
+        plain, quick = [], []
+        for _ in range(rounds):
+            a, b = run(None), run(I.DraftModel(draft, k))
+            plain.append(a[0])
+            quick.append(b[0])
+            assert a[1] == b[1], "speculation changed a greedy text"
+        counters, p, q = b[2], statistics.median(plain), statistics.median(quick)
+        passes = counters["drafted"] / k
+        kept = counters["accepted"] / passes                # drafts kept a pass; the first refusal ends a pass
+        rows.append([str(B), f"{counters['accepted'] / counters['drafted']:.2f}", f"{kept + 1:.2f}", f"{95 * B / p:,.0f}",
+                     f"{95 * B / q:,.0f}", f"{p / q:.2f}x"])
+    sizes = [sum(w.numel() for w in m.blocks.parameters()) for m in (target, draft)]
+    M.table(f"Speculation, {k} drafts, blocks of the draft {sizes[1] / sizes[0]:.3f} of the target's; {header()}",
+            ["batch", "drafts kept", "tokens/pass", "plain tok/s", "speculative", "ratio"], rows)
+
+
+def memory(rounds):
+    rows = []
+    for name in ("small", "gpt2"):
+        model = M.Transformer(M.ModelConfig(**M.PRESETS[name]))
+        full = I.model_bytes(model)
+        for scheme in ("int8", "int4"):
+            small = I.model_bytes(I.quantize_model(copy.deepcopy(model), scheme))
+            rows.append([f"{name}, {scheme}", f"{full / 1e6:.1f}", f"{small / 1e6:.1f}", f"{small / full:.2f}x",
+                         f"{2 * small / full:.2f}x"])
+    M.table("Weights in memory, the embedding included", ["", "fp32 MB", "MB", "of fp32", "of bf16"], rows)
+
+
+def header():
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+
+
+PARTS = {"peers": peers, "batching": batching, "speculation": speculation, "memory": memory}
+
+
+def main():
+    parser = M.cli(__doc__)
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    parser.add_argument("--rounds", type=int, default=5, help="turns each; the table shows medians")
+    args = parser.parse_args()
+    I.keep_freed_memory()
+    for name, part in PARTS.items():
+        if args.only in (None, name):
+            part(args.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1693 @@
+"""zero.py - lectures 7-8: many devices, each holding a part of the model.
+
+What   N processes (ranks) train one model of which none holds all. ZeRO and FSDP keep it in N slices and
+       bring together what a layer needs just before it computes. Tensor parallelism splits every matrix and
+       moves activations instead; a pipeline gives each rank some layers, expert parallelism some experts. All
+       of them compute what one process computes: the table below says how nearly.
+Why    AdamW in fp32 needs 16 bytes a parameter: 108 GB for 7B, on devices of 80 GB. In data parallelism every
+       rank holds all of it, though it needs only a part at a time. What is not held must be sent. This file
+       predicts both for each layout, bytes held and bytes sent, and counts them on the running program.
+
+Equations (n parameters, N ranks, t tensor ranks, p stages, m micro-batches, C FLOP/s, W bytes/s)
+       bytes held     stage 0  4n + 4n + 8n        weights, gradients, AdamW's two averages
+                      stage 1  4n + 4n + 8n/N      ZeRO-1: optimizer state in slices
+                      stage 2  4n + 4n/N + 8n/N    ZeRO-2: gradients too
+                      stage 3  16n/N               ZeRO-3 or FSDP: weights too
+       bytes sent     stage 0  2 (N-1)/N 4n = stage 1 = stage 2;      stage 3  3 (N-1)/N 4n
+                      tensor   4 all-reduces of (B,T,D) a layer;       pipeline  (B,T,D) there and back a cut
+       y = x W^T      by rows of W: [x A^T | x B^T];   by columns, of x too: x1 A^T + x2 B^T, a sum over ranks
+       bubble         (p-1)/(m+p-1) of a pipeline's step
+       FSDP hides     6 n b / C >= 3 * 2n / W:  from b = C/W tokens a rank on
+
+Run    python zero.py                                                 # the lecture: two local ranks
+       python zero.py --steps 200 --stage 3                           # train on two local ranks
+       python zero.py --steps 400 --resume --stage 1 --tp 2 --world_size 4
+       python zero.py --plan --params 70e9 --gpus 1024 --gpu h100     # which layout for a real cluster
+       torchrun --nproc_per_node=8 zero.py --steps 5000 --preset gpt2-xl --dtype bf16 --data DIR
+
+You should see (two ranks, CPU; shortened; MB on rank 0; differences from one process after five steps)
+       layout             state: predicted  measured  sent a step: predicted  counted  difference
+       data parallel                28.862    28.862                   7.216    7.216     1.2e-07
+       ZeRO-1                       21.647    21.647                   7.216    7.216     1.2e-07
+       ZeRO-2                       18.039    18.039                   7.216    7.216     1.2e-07
+       FSDP (ZeRO-3)                14.445    14.445                  10.820   10.820     1.2e-07
+       tensor + sequence            14.445    14.445                  18.906   18.906     1.2e-07
+       pipeline, 1F1B               14.430    14.430                   1.049    1.049     1.2e-07
+       Llama-2 7B, GB of state a rank, predicted and measured on simulated ranks; * fits 80 GB
+       ranks    data parallel         ZeRO-1         ZeRO-2  FSDP (ZeRO-3)
+       8      107.81 107.81    60.65 60.65 *  37.06 37.06 *  13.48 13.48 *
+       64     107.81 107.81    54.75 54.75 *  28.22 28.22 *    1.69 1.69 *
+       1,024  107.81 107.81    53.96 53.96 *  27.03 27.03 *    0.11 0.11 *
+
+Outline  1 what moves       2 one buffer, N slices   3 ZeRO-1, ZeRO-2   4 FSDP         5 tensor parallelism
+         6 pipeline         7 experts                8 all together     9 checkpoints
+        -- stop here on a first reading --          10 accounting      11 planning     12 ranks
+        13 training        14 the lecture           15 command line
+
+References  Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (PyTorch FSDP), Shoeybi et al. 2019 (Megatron),
+            Korthikanti et al. 2022 (sequence parallelism), Huang et al. 2018 (GPipe), Narayanan et al. 2019
+            (PipeDream: 1F1B), Lepikhin et al. 2020 (GShard).
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import datetime
+import functools
+import hashlib
+import itertools
+import json
+import math
+import multiprocessing.connection
+import os
+import pickle
+import shutil
+import signal
+import statistics
+import sys
+import time
+import warnings
+from fractions import Fraction
+
+import bpe
+import model as M                                          # before torch: it sets how CPU threads wait
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# N ranks in a group, r this one. Other letters as in model.py. "Bytes sent" are what one rank sends.
+
+
+# --- 1. what moves: three collectives, and a counter --------------------------------------------------------
+
+def all_gather(whole, mine, group=None, async_op=False):
+    """whole (N*n) <- every rank's mine (n); `mine` may be this rank's slice of `whole`. Sends (N-1) n."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
+    return gather(whole, mine, group=group, async_op=async_op)
+
+
+def reduce_scatter(mine, whole, group=None):
+    """mine (n) <- the sum over ranks of slice r of `whole` (N*n); `mine` may be that slice. Sends (N-1) n.
+    Starts it, and returns the function that waits for the result."""
+    if whole.is_cuda:
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        return scatter(mine, whole, group=group, async_op=True).wait
+    # gloo's own took longer than its all-reduce, of twice the bytes (8 MB, two ranks: 16 and 9 ms). Here the
+    # slices travel to their owners, who add them up in the order of the ranks: the same sum in every run.
+    arrived = torch.empty_like(whole)
+    work = dist.all_to_all_single(arrived, whole, group=group, async_op=True)
+
+    def finish():
+        work.wait()
+        torch.sum(arrived.view(dist.get_world_size(group), -1), 0, out=mine)
+    return finish
+
+
+def all_reduce_mean(tensors, group=None):
+    """The mean over ranks of every tensor, in place, through one flat buffer. Sends 2 (N-1)/N of it."""
+    if tensors:
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        for t, mean in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(mean.view_as(t))
+
+
+class CountBytes(TorchDispatchMode):
+    """with CountBytes() as sent: ...  ->  sent.bytes {collective: bytes this rank sends}, exact fractions.
+    Sees each call on its way to the backend, and takes the ring algorithm's cost of it."""
+    def __init__(self):
+        super().__init__()
+        self.bytes = {}
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "c10d":
+            name = op._schema.name.removeprefix("c10d::").strip("_")
+            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)
+                                                 and str(a._type()).endswith("ProcessGroup")))
+            N, tensors = group.size(), args[0] if isinstance(args[0], (list, tuple)) else args[:2]
+            whole = max(t.nbytes for t in tensors)         # of input and output, where their sizes differ
+            share = {"allreduce": Fraction(2 * (N - 1), N), "allgather_base": Fraction(N - 1, N),
+                     "reduce_scatter_base": Fraction(N - 1, N), "alltoall_base": Fraction(N - 1, N),
+                     "send": 1, "broadcast": 1}.get(name, 0)
+            if name == "alltoall_base" and args[4]:        # rows to each rank, unequal
+                whole, share = args[1].nbytes, 1 - Fraction(args[4][group.rank()], max(1, sum(args[4])))
+            self.bytes[name] = self.bytes.get(name, 0) + share * whole
+        return op(*args, **(kwargs or {}))
+
+    def total(self):
+        return sum(self.bytes.values())
+
+
+# --- 2. one buffer, N slices --------------------------------------------------------------------------------
+
+class Flat:
+    """Tensors end to end in one buffer, padded to N equal slices; rank r owns slice r. All of ZeRO is this:
+    stage 1 owns the optimizer state of its slice, stage 2 its gradients too, stage 3 (FSDP) its weights.
+    One collective moves a buffer, whatever the number of tensors.
+
+    A slice begins and ends in the middle of a matrix. Adam does not mind: it treats each number alone.
+    whole=True keeps tensors whole for optimizers that look at a matrix (Muon); slices are then as long as
+    the fullest rank needs, and little is gained where one tensor is most of the model.
+    """
+    def __init__(self, tensors, group=None, whole=False):
+        self.tensors, self.group, self.dtype = list(tensors), group, next(iter(tensors)).dtype
+        self.N, self.rank, self.mean = dist.get_world_size(group), dist.get_rank(group), None
+        sizes = [t.numel() for t in self.tensors]
+        self.size, self.offsets = -(-sum(sizes) // self.N), [0, *itertools.accumulate(sizes)][:-1]
+        if whole:                                          # the largest first, each to the emptiest rank
+            load, place = [0] * self.N, {}
+            for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+                r = load.index(min(load))
+                place[i] = r, load[r]
+                load[r] += sizes[i]
+            self.size = max(load)
+            self.offsets = [place[i][0] * self.size + place[i][1] for i in range(len(sizes))]
+
+    def buffer(self, dtype=None):
+        """Uninitialised: nobody reads the padding."""
+        return torch.empty(self.N * self.size, dtype=dtype or self.dtype, device=self.tensors[0].device)
+
+    def views(self, buffer):
+        """The tensors as they lie in the buffer."""
+        return [buffer[o:o + t.numel()].view(t.shape) for o, t in zip(self.offsets, self.tensors)]
+
+    def mine(self, buffer):
+        return buffer[self.rank * self.size:][:self.size]
+
+    def parts(self, mine):
+        """(first, part) a tensor: its numbers first, first+1, ... are what this rank's slice holds of it,
+        none perhaps. A whole tensor keeps its shape."""
+        begin, found = self.rank * self.size, []
+        for offset, t in zip(self.offsets, self.tensors):
+            low, high = max(offset, begin), min(offset + t.numel(), begin + self.size)
+            part = mine[low - begin:high - begin] if low < high else mine[:0]
+            found.append((max(0, low - offset), part.view(t.shape) if part.numel() == t.numel() else part))
+        return found
+
+    @torch.no_grad()
+    def share(self):
+        """A buffer with the tensors of the group's first rank, on all ranks."""
+        buffer = self.buffer()
+        for view, t in zip(self.views(buffer), self.tensors):
+            view.copy_(t)
+        dist.broadcast(buffer, first_rank(self.group), group=self.group)
+        return buffer
+
+    @torch.no_grad()
+    def start_mean(self, grads):
+        """Start the reduce-scatter of one gradient a tensor (None is 0) -> a function that waits, and returns
+        this rank's slice of their mean. The sum is in fp32: over many ranks, bf16 would lose its low bits."""
+        buffer = self.buffer()
+        for view, g in zip(self.views(buffer), grads):
+            view.copy_(g) if g is not None else view.zero_()
+        mine = buffer.new_empty(self.size)
+        wait = reduce_scatter(mine, buffer, self.group)
+        return lambda: (wait(), mine.div_(self.N))[1]
+
+    def take(self, mean):
+        """Add a mean gradient to .grad of this rank's pieces: (parameter, first, piece) in self.pieces."""
+        cleared = all(piece.grad is None for _, _, piece in self.pieces)
+        self.mean = mean if cleared else self.mean.add_(mean)
+        for (_, _, piece), (_, part) in zip(self.pieces, self.parts(self.mean)):
+            piece.grad = part if piece.requires_grad else None
+
+
+class InFlight(list):
+    """Gradients on their way to their owners, two buffers at most: one travels while the next is computed."""
+    def send(self, flat, grads):
+        self.append((flat, flat.start_mean(grads)))
+        if len(self) > 1:
+            self.land()
+
+    def land(self):
+        flat, finish = self.pop(0)
+        flat.take(finish())
+
+
+def first_rank(group):
+    """Its number in the world."""
+    return dist.get_global_rank(group or dist.group.WORLD, 0)
+
+
+# --- 3. ZeRO-1 and ZeRO-2: the optimizer in N parts ---------------------------------------------------------
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """ZeRO-1 (Rajbhandari et al. 2020): rank r keeps optimizer state for, and updates, its slice alone.
+
+        loss.backward()                              every rank on its own tokens
+        optimizer.finish_gradient_synchronization()  reduce-scatter: rank r gets the mean of its slice
+        optimizer.step()                             update it, all-gather the weights
+    Sends 2 (N-1)/N of the weights, as plain data parallelism does: an all-reduce is these two halves.
+    Where all ranks have the mean gradient already, step() alone will do. A parameter that has no gradient
+    when gradients are synchronised gets zeros; frozen ones are left out.
+    """
+    bucket_numbers = 6_250_000                             # 25 MB of fp32, as torch's DDP
+    every_backward = False                                 # synchronised once a step
+
+    def __init__(self, params, optimizer_cls, group=None, whole=False, **settings):
+        self.optimizer_cls, self.process_group, self.whole = optimizer_cls, group, whole
+        self.inner, self.buckets, self.flying = None, [], InFlight()
+        super().__init__(params, settings)                 # calls add_param_group for every group
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        new = [self.attach(tensors) for tensors in self.bucketed(group["params"])]
+        for p in group["params"]:
+            if not p.requires_grad:                        # the rest starts the same on all ranks by attach()
+                dist.broadcast(p.data, first_rank(self.process_group), group=self.process_group)
+        pieces = [piece for b in new for _, _, piece in b.pieces if piece.numel()]
+        settings = dict(group, params=pieces)
+        if self.inner is None:
+            self.inner = self.optimizer_cls([settings], **self.defaults)
+        else:
+            self.inner.add_param_group(settings)
+        for k, v in self.inner.param_groups[-1].items():   # what was left to the optimizer's defaults
+            group.setdefault(k, v)
+        self.buckets += new
+
+    def bucketed(self, params):
+        """Trainable parameters in buckets of one kind, the last first: backward reaches those first. Whole
+        tensors share one bucket, which is easier to divide evenly."""
+        buckets, most = [], math.inf if self.whole else self.bucket_numbers
+        for p in reversed([p for p in params if p.requires_grad]):
+            last = buckets[-1] if buckets else None
+            if (last is None or (p.dtype, p.device) != (last[0].dtype, last[0].device)
+                    or sum(q.numel() for q in last) + p.numel() > most):
+                buckets.append([p])
+            else:
+                last.append(p)
+        return buckets
+
+    def attach(self, params):
+        """Move weights into one buffer, the same on all ranks, and cut out this rank's pieces."""
+        bucket = Flat(params, self.process_group, self.whole)
+        bucket.weights = bucket.share()
+        for p, view in zip(params, bucket.views(bucket.weights)):
+            p.data = view
+        bucket.pieces = [(p, first, nn.Parameter(part)) for p, (first, part)
+                         in zip(params, bucket.parts(bucket.mine(bucket.weights)))]
+        return bucket
+
+    def finish_gradient_synchronization(self):
+        for b in self.buckets:
+            mean = b.start_mean([p.grad for p in b.tensors])()
+            for (p, first, _), (_, part) in zip(b.pieces, b.parts(mean)):    # the rest of p.grad is of no use
+                if p.grad is None or not p.grad.is_contiguous():
+                    p.grad = torch.zeros_like(p)
+                p.grad.view(-1)[first:first + part.numel()] = part.flatten()
+        self.give_gradients()
+
+    def give_gradients(self):
+        """Each piece sees its part of its parameter's gradient, without a copy."""
+        for p, first, piece in (x for b in self.buckets for x in b.pieces):
+            piece.grad = None if p.grad is None else \
+                p.grad.reshape(-1)[first:first + piece.numel()].view_as(piece)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = closure() if closure else None
+        self.give_gradients()
+        for inner, group in zip(self.inner.param_groups, self.param_groups):   # a schedule changes the outer
+            inner.update({k: v for k, v in group.items() if k != "params"})
+        self.inner.step()
+        self.gather_weights()
+        return loss
+
+    def gather_weights(self):
+        for work in [all_gather(b.weights, b.mine(b.weights), b.group, async_op=True) for b in self.buckets]:
+            work.wait()
+
+    def owned(self):
+        """(parameter, first, piece, is it on all ranks?), for Trainer.pieces."""
+        return [(*x, False) for b in self.buckets for x in b.pieces]
+
+    def zero_grad(self, set_to_none=True):
+        """Clears the gradients of all parameters, also of those that other ranks update."""
+        super().zero_grad(set_to_none)
+        for piece in (piece for b in self.buckets for _, _, piece in b.pieces):
+            piece.grad = None
+
+    def state_dict(self):
+        """What the unsharded optimizer would write. Every rank must call it and gets all of it, pickled: for
+        models that fit one rank; others use section 9."""
+        index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        mine = [(index[p], first, self.inner.state[piece]) for b in self.buckets
+                for p, first, piece in b.pieces if piece in self.inner.state]
+        ranks, params, state = [None] * dist.get_world_size(self.process_group), list(index), {}
+        dist.all_gather_object(ranks, mine, group=self.process_group)
+        for i, first, values in sorted(itertools.chain(*ranks), key=lambda x: x[:2]):
+            for k, v in values.items():
+                whole = state.setdefault(i, {}).get(k, v)
+                if torch.is_tensor(v) and v.dim():
+                    if k not in state[i]:
+                        whole = v.new_zeros(params[i].shape)
+                    whole.view(-1)[first:first + v.numel()] = v.flatten().to(whole.device)
+                state[i][k] = whole                        # Adam's count of steps: the same in all pieces
+        return {"state": state, "param_groups": super().state_dict()["param_groups"]}
+
+    def load_state_dict(self, saved):
+        """What state_dict wrote at any world size, or what the unsharded optimizer did."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
+            group.update({k: v for k, v in old.items() if k != "params"})
+        of = {p: (first, piece) for b in self.buckets for p, first, piece in b.pieces if piece.numel()}
+        for i, values in saved["state"].items():
+            if params[i] in of:
+                first, piece = of[params[i]]
+                self.inner.state[piece] = {
+                    k: v.reshape(-1)[first:first + piece.numel()].view_as(piece).to(piece.device, copy=True)
+                    if per_number(v, params[i]) else copy.deepcopy(v) for k, v in values.items()}
+
+
+def per_number(state, p):
+    """A state with one number a weight, such as Adam's averages; not its count of steps."""
+    return torch.is_tensor(state) and state.dim() > 0 and state.numel() == p.numel()
+
+
+class ZeRO2(ShardedOptimizer):
+    """Gradients go to their owner as soon as backward has a bucket of them, and are freed: no rank ever holds
+    them all. Call finish_gradient_synchronization() after every backward pass: with m micro-batches gradients
+    travel m times, (m+1) (N-1)/N in all, the price of not keeping their sum.
+    All ranks must use the same parameters in a pass, or the collectives of two ranks would not match."""
+    every_backward = True
+
+    def attach(self, params):
+        bucket = super().attach(params)
+        bucket.missing = set(params)
+        for p in params:
+            p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
+        return bucket
+
+    def arrived(self, bucket, p):
+        bucket.missing.discard(p)
+        if not bucket.missing:
+            self.send(bucket)
+
+    def send(self, bucket):
+        self.flying.send(bucket, [p.grad for p in bucket.tensors])
+        bucket.missing = set(bucket.tensors)
+        for p in bucket.tensors:
+            p.grad = None
+
+    def finish_gradient_synchronization(self):
+        for bucket in self.buckets:
+            if len(bucket.missing) < len(bucket.tensors):  # a parameter that took no part kept it back
+                self.send(bucket)
+        while self.flying:
+            self.flying.land()
+
+    def give_gradients(self):
+        pass                                               # Flat.take did
+
+
+# --- 4. FSDP: the weights in N parts ------------------------------------------------------------------------
+
+class Unit(Flat):
+    """The matrices of one layer: this rank's slice of them at rest, all of them while the layer computes.
+
+    The module's parameters are the slice's pieces: optimizer, clipping and checkpoints see nothing else.
+    Around the layer's forward and backward pass whole weights take their place: views into one buffer, whose
+    memory is given back in between. Autograd keeps the views, and finds the same numbers there again.
+    """
+    def __init__(self, owners, group, compute_dtype):
+        """owners: {parameter: [(module, name), ...]}, several where a weight is tied."""
+        super().__init__(owners, group)
+        self.shard = self.mine(self.share()).clone()                         # the master weights, fp32
+        self.whole = self.buffer(compute_dtype)
+        self.bytes, grads = self.whole.nbytes, [p.requires_grad for p in self.tensors]
+        # .data: to write into `whole` must not look to autograd like a change of what it has kept.
+        self.full = [nn.Parameter(v.data, g) for v, g in zip(self.views(self.whole), grads)]
+        pieces = [(first, nn.Parameter(part, g)) for (first, part), g in zip(self.parts(self.shard), grads)]
+        self.pieces = [(piece, first, piece) for first, piece in pieces]
+        self.places = [(i, *place) for i, places in enumerate(owners.values()) for place in places]
+        self.tensors = self.full                           # only shapes are needed now; the originals may go
+        self.in_backward, self.missing, self.work, self.here = False, self.trainable(), None, True
+        self.free()
+
+    def trainable(self):
+        return {f for f in self.full if f.requires_grad}
+
+    def gather(self):
+        """Start to bring the weights here. Cast first: bf16 halves what travels."""
+        if not self.here:
+            self.here = True
+            self.whole.untyped_storage().resize_(self.bytes)
+            self.work = all_gather(self.whole, self.shard.to(self.whole.dtype), self.group, async_op=True)
+
+    def use(self):
+        self.gather()
+        self.put(self.full)
+
+    def free(self):
+        self.put([piece for piece, _, _ in self.pieces])
+        self.here = self.in_backward = False
+        self.whole.untyped_storage().resize_(0)
+
+    def put(self, tensors):
+        if self.work is not None:                          # gathered ahead, used now or not at all
+            self.work.wait()
+            self.work = None
+        for i, module, name in self.places:
+            module._parameters[name] = tensors[i]
+
+
+class FSDP(nn.Module):
+    """ZeRO-3, or fully sharded data parallelism (Zhao et al. 2023): rank r holds slice r of all matrices, of
+    their gradients and optimizer state, 16/N bytes a parameter with AdamW. A layer's matrices are gathered
+    while the layer before it computes, and freed after it, in forward and in backward: at most two are whole.
+    Sends 3 (N-1)/N of the weights: gather, gather again, reduce-scatter; half as much again as ZeRO-1.
+
+        model = FSDP(model)
+        optimizer = AdamW(model.parameters())
+        loss.backward()
+        model.finish_gradient_synchronization()              after every backward pass
+        optimizer.step()
+    Norms and biases, a thousandth of a model, stay whole, and their gradients are averaged. compute_dtype:
+    weights are cast before they travel, and autocast runs the products; master weights, gradients and steps
+    stay fp32. What torch's fully_shard adds: hybrid sharding, CPU offload, start on the meta device.
+    """
+    every_backward = True
+
+    def __init__(self, module, compute_dtype=None, group=None):
+        super().__init__()
+        self.module, self.group, self.compute_dtype = module, group, compute_dtype
+        self.units, self.flying, owners, unit_of = [], InFlight(), {}, {}
+        for m in module.modules():
+            for name, p in m.named_parameters(recurse=False):
+                owners.setdefault(p, []).append((m, name))
+        layers = [(layer, [p for p in layer.parameters() if p.dim() > 1]) for layer in layers_of(module)]
+        for layer, matrices in layers:
+            new = {p: owners[p] for p in matrices if p not in unit_of}
+            if new:
+                self.units.append(Unit(new, group, compute_dtype))
+                unit_of.update(dict.fromkeys(new, self.units[-1]))
+                for f in self.units[-1].trainable():
+                    f.register_post_accumulate_grad_hook(functools.partial(self.arrived, self.units[-1]))
+            for unit in dict.fromkeys(unit_of[p] for p in matrices):         # two, if a weight is tied
+                self.surround(layer, unit)
+        self.replicated = [p for p in owners if p not in unit_of]
+        for p in self.replicated:
+            dist.broadcast(p.data, first_rank(group), group=group)
+
+    def surround(self, layer, unit):
+        i = self.units.index(unit)
+
+        def before(*_):
+            unit.use()
+            if not unit.in_backward and i + 1 < len(self.units):
+                self.units[i + 1].gather()                 # travels while this layer computes
+
+        def after(module, args, output):
+            if not unit.in_backward:                       # a checkpointed layer runs again inside backward
+                unit.free()
+            if not args[0].is_floating_point():            # a look-up is no product: the stream stays fp32
+                output = output.to(unit.dtype)
+            if output.requires_grad:
+                output.register_hook(before_backward)
+            return output
+
+        def before_backward(grad):
+            unit.use()
+            unit.in_backward = True
+            if i:
+                self.units[i - 1].gather()
+        layer.register_forward_pre_hook(before)
+        layer.register_forward_hook(after)
+
+    def arrived(self, unit, full):
+        unit.missing.discard(full)
+        if not unit.missing:
+            self.send(unit)
+
+    def send(self, unit):
+        """Backward has all gradients of this layer, and needs its weights no more, unless some are frozen."""
+        if len(unit.trainable()) == len(unit.full):
+            unit.free()
+        self.flying.send(unit, [f.grad for f in unit.full])
+        unit.missing = unit.trainable()
+        for f in unit.full:
+            f.grad = None
+
+    def forward(self, *args, **kwargs):
+        device = next(self.parameters()).device.type
+        with torch.autocast(device, self.compute_dtype) if self.compute_dtype else contextlib.nullcontext():
+            return self.module(*args, **kwargs)
+
+    def finish_gradient_synchronization(self):
+        """Afterwards .grad of the pieces has the mean added to it, and no layer is whole."""
+        for unit in reversed(self.units):
+            if any(f.grad is not None for f in unit.full):  # a weight that took no part kept the others back
+                self.send(unit)
+            if unit.here:
+                unit.free()
+        while self.flying:
+            self.flying.land()
+        all_reduce_mean([p.grad for p in self.replicated if p.grad is not None], self.group)
+
+    def owned(self):
+        pieces = [(*x, False) for unit in self.units for x in unit.pieces]
+        return pieces + [(p, 0, p, True) for p in self.replicated]
+
+    def gather_full_params(self):
+        """{name: whole fp32 tensor}, on every rank, with the names of the wrapped module."""
+        names = {p: n for n, p in self.module.named_parameters()}
+        found = {names[p]: p.detach().clone() for p in self.replicated}
+        for unit in self.units:
+            whole = unit.buffer()
+            all_gather(whole, unit.shard, self.group)
+            found.update({names[p]: v for (p, _, _), v in zip(unit.pieces, unit.views(whole))})
+        return {n: found[n] for n in names.values()}
+
+
+def layers_of(module):
+    """What FSDP gathers at once: a block (an entry of a ModuleList), or a module with matrices of its own."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    own = [module] if any(p.dim() > 1 for p in module.parameters(recurse=False)) else []
+    return own + [layer for child in module.children() for layer in layers_of(child)]
+
+
+# --- 5. tensor parallelism: every matrix in t parts ---------------------------------------------------------
+# y = x W^T in parts: by rows of W (outputs), each rank has a part of y; by columns (inputs), each rank has a
+# term of a sum. Rows, then columns: a feed-forward, or attention by heads, needs one sum at its end.
+
+class Collective(torch.autograd.Function):
+    """there(x) forward, back(gradient) backward: a collective and its transpose."""
+    @staticmethod
+    def forward(ctx, x, there, back, group):
+        ctx.back, ctx.group = back, group
+        return there(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad, ctx.group), None, None, None
+
+
+def same(x, group):
+    return x.view_as(x)
+
+
+def add_up(x, group):
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def gather_tokens(x, group):
+    """(B,T/t,D) -> (B,T,D): every rank's part of the sequence."""
+    parts = x.new_empty(dist.get_world_size(group), *x.shape)
+    all_gather(parts.flatten(0, 1), x.contiguous(), group)
+    return parts.transpose(0, 1).flatten(1, 2)
+
+
+def scatter_tokens(x, group):
+    """(B,T,D) -> (B,T/t,D): the sum over ranks, of this rank's part of the sequence."""
+    parts = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()        # (t,B,T/t,D)
+    mine = torch.empty_like(parts[0])
+    reduce_scatter(mine.view(-1), parts.view(-1), group)()
+    return mine
+
+
+def split_of(name, shape, c, part, parts):
+    """Which part of a weight a rank holds: (dimension, indices along it), or None for all of it.
+
+    wqkv, w1, w3      rows ("column parallel" after x W): wqkv by whole heads, of q, k and v each
+    wo, w2            columns ("row parallel")
+    embedding, head   rows: a part of the vocabulary
+    ffn.w1, w2, w3    of a mixture (no .weight): whole experts
+    """
+    *_, layer, kind = name.split(".")
+    if layer in ("wo", "w2"):
+        dim = 1 if kind == "weight" else None              # the bias is added once, after the sum
+    else:
+        dim = 0 if {layer, kind} & {"wqkv", "w1", "w2", "w3", "embedding", "head"} else None
+    if dim is None:
+        return None
+    N, K, H = c.num_heads, c.kv_heads, c.head_dim
+    sections = [N * H, K * H, K * H] if layer == "wqkv" else [shape[dim]]
+    starts = itertools.accumulate(sections, initial=0)
+    return dim, torch.cat([s + torch.arange(n).tensor_split(parts)[part] for s, n in zip(starts, sections)])
+
+
+def keep_parts(model, splits):
+    for name, p in model.named_parameters():
+        if splits.get(name):
+            dim, index = splits[name]
+            p.data = p.data.index_select(dim, index.to(p.device))
+
+
+class RowLinear(M.Linear):
+    """y = sum over ranks of x_r W_r^T, then the bias."""
+    def forward(self, x):
+        y = self.leave(F.linear(x, self.weight))
+        return y if self.bias is None else y + self.bias
+
+
+class VocabularyEmbedding(M.Embedding):
+    """Rows first, first+1, ... of the table; other ids give 0 here, and their row on another rank."""
+    def forward(self, ids):
+        local = ids - self.first
+        here = (local >= 0) & (local < len(self.weight))
+        return self.leave(self.weight[local.clamp(0, len(self.weight) - 1)] * here[..., None])
+
+
+def tensor_parallel(model, group, sequence=True):
+    """Keep this rank's part of every matrix -> {name: split} (Shoeybi et al. 2019). A block then talks where
+    the stream enters attention or feed-forward (an all-reduce of its gradient) and where it leaves (an
+    all-reduce of terms): four a layer.
+
+    sequence=True: outside of these products the stream is split by tokens, (B,T/t,D), so that norms and
+    residuals are not computed and stored t times over (Korthikanti et al. 2022). The all-reduces become pairs
+    of all-gather and reduce-scatter: the same bytes.
+    """
+    c, t, r = model.config, dist.get_world_size(group), dist.get_rank(group)
+    check_tensor_parallel(c, t, sequence)
+    into, out_of = (gather_tokens, scatter_tokens) if sequence else (same, add_up)
+    enter = lambda x: Collective.apply(x, into, out_of, group)
+    leave = lambda x: Collective.apply(x, out_of, into, group)
+    splits = {n: split_of(n, p.shape, c, r, t) for n, p in model.named_parameters()}
+    keep_parts(model, splits)
+    for name, p in model.named_parameters():
+        if not splits[name] and (sequence or "_norm." in name):              # it sees some tokens, or heads
+            p.register_hook(lambda grad: add_up(grad, group))
+    for block in model.blocks:
+        block.mixer.c = dataclasses.replace(c, num_heads=c.num_heads // t, num_kv_heads=c.kv_heads // t,
+                                            d_head=c.head_dim)
+        for part, last in ((block.mixer, block.mixer.wo), (block.ffn, block.ffn.w2)):
+            part.register_forward_pre_hook(lambda _, args: (enter(args[0]), *args[1:]))
+            last.__class__, last.leave = RowLinear, leave  # the same parameters, another forward
+    model.embedding.__class__, model.embedding.leave = VocabularyEmbedding, leave
+    model.embedding.first = splits["embedding.weight"][1][0].item()
+    if model.position is not None and sequence:
+        model.position.register_forward_hook(lambda _, args, y: y.chunk(t)[r])
+    model.head.register_forward_pre_hook(lambda _, args: (enter(args[0]),))
+    return {n: split for n, split in splits.items() if split}
+
+
+def check_tensor_parallel(c, t, sequence):
+    fits = [n for n in range(1, c.kv_heads + 1) if c.num_heads % n == c.kv_heads % n == 0]
+    if t not in fits:
+        raise ValueError(f"{c.num_heads} heads and {c.kv_heads} key/value heads do not split over --tp {t} "
+                         f"ranks: allowed are {', '.join(map(str, fits))}")
+    if sequence and c.context_length % t:
+        raise ValueError(f"context_length={c.context_length} does not split over --tp {t} ranks: "
+                         f"try --context_length {t * max(1, c.context_length // t)}")
+    if c.mixer != "attention" or c.layers or c.num_experts or c.mtp or c.position == "sinusoidal":
+        raise ValueError("--tp splits attention and dense feed-forwards: drop --mixer, --layers, "
+                         "--num_experts, --mtp and --position sinusoidal, or use --stage 3")
+
+
+def vocabulary_parallel_loss(logits, targets, group, first):
+    """Cross-entropy from logits (B,T,V/t) of ids first, first+1, ...: log sum exp needs the maximum and the
+    sum over all ranks, and the target's logit is on one of them: three numbers a token instead of V."""
+    logits, targets = logits.flatten(0, -2).float(), targets.flatten() - first
+    top = logits.detach().amax(-1)
+    dist.all_reduce(top, op=dist.ReduceOp.MAX, group=group)
+    z = logits - top[:, None]
+    here = (targets >= 0) & (targets < z.shape[-1])
+    target = z.gather(-1, targets.clamp(0, z.shape[-1] - 1)[:, None])[:, 0] * here
+    total, target = Collective.apply(torch.stack((z.exp().sum(-1), target)), add_up, same, group)
+    return (total.log() - target).mean()
+
+
+# --- 6. pipeline parallelism: every rank some layers --------------------------------------------------------
+
+def pipeline_order(kind, stage, stages, micro_batches):
+    """What a stage does: a list of ("F", i) and ("B", i), micro-batch i forward and backward.
+
+    gpipe  all forward, then all backward: activations of all m micro-batches wait (Huang et al. 2018)
+    1f1b   backward as soon as possible: of at most `stages` of them (Narayanan et al. 2019)
+    The bubble, time in which a stage has nothing to do, is (p-1)/(m+p-1) of the step in both.
+    """
+    m = micro_batches
+    ahead = m if kind == "gpipe" else min(m, stages - 1 - stage)
+    order = [("F", i) for i in range(ahead)]
+    for i in range(m - ahead):
+        order += [("F", ahead + i), ("B", i)]
+    return order + [("B", i) for i in range(m - ahead, m)]
+
+
+class Received(nn.Module):
+    """Stands for the embedding on later stages: what the stage before has sent."""
+    def forward(self, ids):
+        return self.x
+
+
+class Skip(nn.Module):
+    """Stands for a layer of another stage: the others keep their numbers, and so their names."""
+    def forward(self, x, *_):
+        return x
+
+
+class Pipeline:
+    """Stage s of p has L/p consecutive layers; the first also the embedding, the last also norm and head."""
+    def __init__(self, model, group, back_group, kind="1f1b", token_parts=1):
+        """back_group: the same ranks again. On a GPU, activations down and gradients up must not queue behind
+        one another in one communicator. token_parts: t where the stream is (B,T/t,D)."""
+        self.model, self.group, self.back_group, self.kind = model, group, back_group, kind
+        self.stage, self.stages, c = dist.get_rank(group), dist.get_world_size(group), model.config
+        if c.num_layers < self.stages or c.tie_embeddings or c.num_experts or c.mtp or "C" in c.layers:
+            raise ValueError(f"--pp {self.stages} needs as many layers (there are {c.num_layers}), and "
+                             f"weights and losses that live on one stage: drop --tie_embeddings, "
+                             f"--num_experts, --mtp and C in --layers")
+        self.first, self.last, self.token_parts = self.stage == 0, self.stage == self.stages - 1, token_parts
+        mine = np.array_split(range(c.num_layers), self.stages)[self.stage]
+        for i in set(range(c.num_layers)) - set(mine.tolist()):
+            model.blocks[i] = Skip()
+        if not self.first:
+            model.embedding, model.position = Received(), None
+            model.config = dataclasses.replace(c, position="none", dropout=0.0)      # blocks have their own
+        if not self.last:
+            model.norm, model.head = Skip(), Skip()
+        self.waited = self.most_kept = 0
+
+    def peer(self, step):
+        return dist.get_global_rank(self.group, self.stage + step)
+
+    def receive(self, like, step, group):
+        begin, x = time.perf_counter(), torch.empty_like(like)
+        dist.recv(x, self.peer(step), group)
+        self.waited += time.perf_counter() - begin
+        return x
+
+    def run(self, batches, loss_of):
+        """batches [(ids, targets), ...], loss_of(features, targets) for the last stage. Leaves the gradients
+        of the mean loss; returns that loss on the last stage, 0 elsewhere."""
+        kept, sends, total, (B, T) = {}, [], 0.0, batches[0][0].shape
+        like = torch.empty(B, T // self.token_parts, self.model.config.d_model, device=batches[0][0].device)
+        self.waited = self.most_kept = 0
+        for what, i in pipeline_order(self.kind, self.stage, self.stages, len(batches)):
+            ids, targets = batches[i]
+            if what == "F":
+                x = None
+                if not self.first:
+                    x = self.model.embedding.x = self.receive(like, -1, self.group).requires_grad_()
+                y = self.model.features(ids)
+                if self.last:
+                    y = loss_of(y, targets) / len(batches)
+                    total = total + y.detach()
+                else:
+                    sends.append((y, dist.isend(y.detach(), self.peer(1), self.group)))
+                kept[i] = x, y
+                self.most_kept = max(self.most_kept, len(kept))
+            else:
+                x, y = kept.pop(i)
+                y.backward(None if self.last else self.receive(like, 1, self.back_group))
+                if not self.first:
+                    sends.append((x, dist.isend(x.grad, self.peer(-1), self.back_group)))
+        for _, work in sends:                              # a tensor must live until it has left
+            work.wait()
+        return total
+
+
+# --- 7. expert parallelism: every rank some experts ---------------------------------------------------------
+
+class Exchange(torch.autograd.Function):
+    """Rows (sum(to),D) -> rows (sum(fro),D): the first to[0] go to rank 0, ... Backward: the way back."""
+    @staticmethod
+    def forward(ctx, x, to, fro, group):
+        ctx.way_back = fro, to, group
+        y = x.new_empty(sum(fro), x.shape[-1])
+        dist.all_to_all_single(y, x.contiguous(), fro, to, group=group)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Exchange.apply(grad, *ctx.way_back), None, None, None
+
+
+def expert_parallel(model, group):
+    """Rank r keeps experts r E/N, ... of every mixture -> {name: split}. Visits travel to their expert and
+    back: two all-to-alls forward, two backward. The rest is data parallel; capacity and balance are those of
+    a rank's own tokens (the groups of GShard, Lepikhin et al. 2020)."""
+    c, N = model.config, dist.get_world_size(group)
+    if not c.num_experts or c.num_experts % N:
+        raise ValueError(f"num_experts={c.num_experts} does not split over {N} ranks: "
+                         f"try --num_experts {4 * N}")
+    splits = {n: split_of(n, p.shape, c, dist.get_rank(group), N)
+              for n, p in model.named_parameters() if is_expert(n)}
+    keep_parts(model, splits)
+    for name, p in model.named_parameters():
+        if name in splits:
+            p.register_hook(lambda grad: grad / N)         # the tokens of all ranks came here: sum -> mean
+    for moe in model.modules():
+        if isinstance(moe, M.MoE):
+            moe.experts = functools.partial(remote_experts, moe, group)
+    return splits
+
+
+def is_expert(name):
+    return name.endswith((".w1", ".w2", ".w3"))            # stacked matrices; others end in .weight
+
+
+def remote_experts(moe, group, x, counts):
+    """Visits (n,D) sorted by expert, counts (E,) -> (n,D): MoE.experts, done where the experts are."""
+    sent = counts.view(dist.get_world_size(group), -1)                       # (N,E/N) mine, by rank, expert
+    arrived = torch.empty_like(sent)                                         # (N,E/N) here, by rank, expert
+    dist.all_to_all_single(arrived, sent, group=group)
+    to, fro = sent.sum(1).tolist(), arrived.sum(1).tolist()
+    rows = Exchange.apply(x, to, fro, group)                                 # by rank, then expert
+    expert = torch.arange(arrived.shape[1], device=x.device).repeat(len(arrived))
+    order = expert.repeat_interleave(arrived.flatten()).argsort(stable=True)  # by expert, then rank
+    y = M.MoE.experts(moe, rows[order], arrived.sum(0))
+    return Exchange.apply(y[order.argsort()], fro, to, group)
+
+
+# --- 8. all together: dp x pp x tp --------------------------------------------------------------------------
+
+class DataParallel:
+    """Stage 0, the baseline (ddp.py does it well): whole weights, gradients averaged after backward. `alone`:
+    parameters that other ranks do not have (experts)."""
+    every_backward = False
+
+    def __init__(self, params, group, alone=()):
+        self.params, self.group, self.alone = list(params), group, set(alone)
+
+    def finish_gradient_synchronization(self):
+        grads = [p.grad for p in self.params if p.grad is not None and p not in self.alone]
+        all_reduce_mean(grads, self.group)
+
+    def owned(self):
+        return [(p, 0, p, p not in self.alone) for p in self.params]
+
+
+def make_mesh(tp, pp):
+    """The ranks as a grid dp x pp x tp; tp talks most, so its ranks are neighbours, in one node.
+    -> {axis: (group, ranks in it, this rank's place)}; "back" is pp once more."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world % (tp * pp):
+        raise ValueError(f"{world} ranks are not a multiple of --tp {tp} x --pp {pp}")
+    grid, mesh = np.arange(world).reshape(-1, pp, tp), {}
+    for name, axis in (("dp", 0), ("pp", 1), ("tp", 2), ("back", 1)):
+        if grid.shape[axis] == 1 and name != "dp":
+            mesh[name] = None, 1, 0
+            continue
+        for ranks in np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis]).tolist():
+            everyone = len(ranks) == world and name != "back"
+            group = dist.group.WORLD if everyone else dist.new_group(ranks)  # all ranks must make all groups
+            if rank in ranks:
+                mesh[name] = group, len(ranks), ranks.index(rank)
+    return mesh
+
+
+class Trainer:
+    """A model laid out over all ranks, its optimizer, and one step of training.
+
+    Every rank builds the whole model, the same one, and keeps its part: each layout starts from the same
+    weights. (One that does not fit a host's memory would have to be initialised part by part.)
+    """
+    def __init__(self, model, stage=0, tp=1, pp=1, ep=False, sequence=True, kind="1f1b", compute_dtype=None,
+                 optimizer_cls=torch.optim.AdamW, **settings):
+        if stage not in range(4) or (pp > 1 and stage > 1) or (ep and (stage or tp > 1 or pp > 1)):
+            raise ValueError(f"--stage {stage} --tp {tp} --pp {pp}{' --ep' * ep} do not go together: stage 0 "
+                             f"to 3 with --tp, 0 or 1 with --pp (the others would send weights or gradients "
+                             f"once a micro-batch), 0 with --ep")
+        self.model, self.config, self.compute_dtype, self.steps_done = model, model.config, compute_dtype, 0
+        self.shapes = {n: t.shape for n, t in named_tensors(model)}
+        self.mesh = make_mesh(tp, pp)
+        self.tp, self.dp = tp, self.mesh["dp"][1]
+        self.split = tensor_parallel(model, self.mesh["tp"][0], sequence) if tp > 1 else {}
+        self.split |= expert_parallel(model, self.mesh["dp"][0]) if ep else {}
+        self.first_id = model.embedding.first if tp > 1 else 0               # of this rank's vocabulary
+        self.pipeline = Pipeline(model, self.mesh["pp"][0], self.mesh["back"][0], kind,
+                                 tp if sequence else 1) if pp > 1 else None
+        group, params = self.mesh["dp"][0], list(model.parameters())
+        if stage in (1, 2):
+            self.optimizer = {1: ShardedOptimizer, 2: ZeRO2}[stage](params, optimizer_cls, group, **settings)
+            self.sync = self.optimizer
+        else:
+            alone = [p for n, p in model.named_parameters() if ep and is_expert(n)]
+            self.sync = FSDP(model, compute_dtype, group) if stage else DataParallel(params, group, alone)
+            self.optimizer = optimizer_cls(model.parameters(), **settings)   # FSDP's: the pieces
+
+    def loss(self, ids, targets):
+        if self.tp > 1:
+            return self.loss_of(self.model.features(ids), targets)
+        return M.training_loss(self.model, ids, targets)[1]
+
+    def loss_of(self, features, targets):
+        logits = M.soft_cap(self.model.head(features), self.config.logit_softcap)
+        if self.tp > 1:
+            return vocabulary_parallel_loss(logits, targets, self.mesh["tp"][0], self.first_id)
+        return M.lm_loss(logits, targets)[0]
+
+    def gradients(self, ids, targets, micro_batch=0):
+        """Forward and backward over this replica's sequences (B/dp,T) -> their mean loss (0 on all stages of
+        a pipeline but the last). What this rank updates then has the mean gradient of the whole batch."""
+        batches = list(zip(*(x.split(micro_batch or len(ids)) for x in (ids, targets))))
+        if len(batches[0][0]) != len(batches[-1][0]):
+            raise ValueError(f"{len(ids)} sequences a rank are no multiple of --micro_batch {micro_batch}")
+        kind, total = ids.device.type, 0.0
+        with torch.autocast(kind, self.compute_dtype) if self.compute_dtype else contextlib.nullcontext():
+            if self.pipeline:
+                total = self.pipeline.run(batches, self.loss_of)
+            for x, y in batches if not self.pipeline else ():
+                loss = self.loss(x, y) / len(batches)
+                loss.backward()
+                total = total + loss.detach()
+                if self.sync.every_backward:
+                    self.sync.finish_gradient_synchronization()
+        if not self.sync.every_backward:
+            self.sync.finish_gradient_synchronization()
+        return total
+
+    def pieces(self):
+        """(name, first, tensor, axes) of all that this rank updates: numbers first, first+1, ... of its part
+        of a parameter, and the axes of the mesh along which other ranks hold, and update, the same."""
+        names = {p: n for n, p in self.model.named_parameters()}
+        for p, first, piece, copied in self.sync.owned():
+            if piece.numel():
+                whole = self.tp > 1 and names[p] not in self.split
+                yield names[p], first, piece, ["dp"] * copied + ["tp"] * whole
+
+    def step(self, ids, targets, micro_batch=0, lr=None, clip=1.0):
+        """One optimizer step on this replica's share of the batch -> (loss, gradient norm) of all of it. The
+        norm is over all parameters: every rank adds up its pieces, divided by the number of their copies."""
+        loss = torch.as_tensor(self.gradients(ids, targets, micro_batch), device=ids.device).double()
+        grads = [(p.grad, math.prod(self.mesh[a][1] for a in axes))
+                 for _, _, p, axes in self.pieces() if p.grad is not None]
+        squares = sum(g.double().square().sum() / copies for g, copies in grads)
+        both = torch.stack((loss / (self.dp * self.tp), squares))
+        dist.all_reduce(both)
+        loss, norm = both[0].item(), both[1].sqrt().item()
+        if not math.isfinite(loss + norm):
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}: --resume with a lower --lr")
+        for g, _ in grads:
+            g.mul_(min(1.0, clip / (norm + 1e-6)))
+        for group in self.optimizer.param_groups if lr is not None else ():
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.steps_done += 1
+        moes = [m for m in self.model.modules() if isinstance(m, M.MoE) and m.bias is not None]
+        if moes:                                           # balance=bias: must stay the same on all ranks
+            all_reduce_mean([m.load for m in moes], self.mesh["dp"][0])
+            self.model.balance_experts()
+        return loss, norm
+
+    def state_of(self, piece):
+        return getattr(self.optimizer, "inner", self.optimizer).state[piece]
+
+
+def named_tensors(model):
+    """Parameters, and buffers (the bias of balance=bias), which all ranks hold whole."""
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+# --- 9. sharded checkpoints ---------------------------------------------------------------------------------
+# Every rank writes what it updates, and nothing else: no rank ever holds the whole. Each piece says where in
+# the whole tensor its numbers belong, so that any layout on any number of ranks resumes what any other wrote.
+
+def positions(shape, split, first, count):
+    """Where numbers first .. first+count-1 of a rank's part of a tensor are in the whole one, flat."""
+    if split is None:
+        return slice(first, first + count)
+    dim, index = split
+    return torch.arange(math.prod(shape)).view(shape).index_select(dim, index).flatten()[first:first + count]
+
+
+def write_file(path, write):
+    """write(file) to a temporary file, flushed to disk and renamed: a crash leaves the old one or the new."""
+    with open(f"{path}.tmp", "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+def save_sharded(folder, trainer, **extra):
+    """folder/step-S/rank-R-of-N.pt, and whole.json last: without it, or with a file missing or of another
+    size, there is no checkpoint. Then whatever else is in the folder is removed."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    path = os.path.join(folder, f"step-{trainer.steps_done:08}")
+    patient = dist.new_group(timeout=datetime.timedelta(hours=12), backend="gloo")   # disks are slow
+    if rank == 0:
+        os.makedirs(path, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):       # of a run that was resumed from before this step
+            os.unlink(os.path.join(path, "whole.json"))
+    dist.barrier(patient)
+    pieces = {n: dict(first=0, count=t.numel(), split=None, values={"weight": t.flatten()})
+              for n, t in trainer.model.named_buffers() if rank == 0}
+    for name, first, p, axes in trainer.pieces():
+        if all(trainer.mesh[axis][2] == 0 for axis in axes):                 # of equal copies one is enough
+            values = {k: v.detach().flatten().clone() if per_number(v, p) else v
+                      for k, v in {"weight": p, **trainer.state_of(p)}.items()}
+            pieces[name] = dict(first=first, count=p.numel(), split=trainer.split.get(name), values=values)
+    files = [f"rank-{r}-of-{world}.pt" for r in range(world)]
+    write_file(os.path.join(path, files[rank]), lambda f: torch.save(pieces, f))
+    dist.barrier(patient)
+    if rank == 0:
+        about = dict(extra, step=trainer.steps_done, config=dataclasses.asdict(trainer.config),
+                     shapes={n: list(shape) for n, shape in trainer.shapes.items()},
+                     files={f: os.path.getsize(os.path.join(path, f)) for f in files})
+        write_file(os.path.join(path, "whole.json"), lambda f: f.write(json.dumps(about).encode()))
+        for name in set(os.listdir(folder)) - {os.path.basename(path)}:
+            shutil.rmtree(os.path.join(folder, name))
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
+    return path
+
+
+def checkpoints(folder):
+    """Paths of the whole ones, the newest first."""
+    found = []
+    for name in sorted(os.listdir(folder) if os.path.isdir(folder) else (), reverse=True):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError, ValueError):
+            with open(os.path.join(path, "whole.json")) as f:
+                files = json.load(f)["files"]
+            if all(os.path.getsize(os.path.join(path, name)) == size for name, size in files.items()):
+                found.append(path)
+    return found
+
+
+class ShardedCheckpoint:
+    """The newest whole checkpoint in a folder, read tensor by tensor; the files stay on disk (mmap)."""
+    def __init__(self, folder):
+        paths = checkpoints(folder)
+        if not paths:
+            raise FileNotFoundError(f"no whole checkpoint in {folder}: make one with  "
+                                    f"python zero.py --steps 100 --out {os.path.dirname(folder) or '.'}")
+        self.path = paths[0]
+        with open(os.path.join(self.path, "whole.json")) as f:
+            self.about = json.load(f)
+        self.ranks = [torch.load(os.path.join(self.path, name), "cpu", mmap=True, weights_only=True)
+                      for name in self.about["files"]]
+
+    def whole(self, name):
+        """{"weight": the whole tensor, and the optimizer's "exp_avg", "exp_avg_sq", "step"}."""
+        shape, found, covered = self.about["shapes"][name], {}, 0
+        for piece in (pieces[name] for pieces in self.ranks if name in pieces):
+            at = positions(shape, piece["split"], piece["first"], piece["count"])
+            covered += piece["count"]
+            for k, v in piece["values"].items():
+                if per_number(v, piece["values"]["weight"]):
+                    found.setdefault(k, torch.empty(shape, dtype=v.dtype)).view(-1)[at] = v
+                else:
+                    found[k] = v
+        if covered != math.prod(shape):
+            raise ValueError(f"{self.path} holds {covered} numbers of {name}, not {math.prod(shape)}: "
+                             f"it is damaged; train afresh without --resume")
+        return found
+
+    @torch.no_grad()
+    def load(self, trainer):
+        for name, first, piece, _ in trainer.pieces():
+            at = positions(trainer.shapes[name], trainer.split.get(name), first, piece.numel())
+            whole = self.whole(name)
+            values = {k: v.view(-1)[at].view_as(piece).to(piece.device) if per_number(v, whole["weight"])
+                      else v for k, v in whole.items()}
+            piece.copy_(values.pop("weight"))
+            trainer.state_of(piece).update(values)
+        for name, buffer in trainer.model.named_buffers():
+            buffer.copy_(self.whole(name)["weight"])
+        if isinstance(trainer.optimizer, ShardedOptimizer):
+            trainer.optimizer.gather_weights()
+        trainer.steps_done = self.about["step"]
+
+    @torch.no_grad()
+    def export(self, path):
+        """The one-file checkpoint, for train.py's readers: infer.py, align.py."""
+        model = M.Transformer(M.ModelConfig(**self.about["config"]))
+        for name, t in named_tensors(model):
+            t.copy_(self.whole(name)["weight"])
+        M.save_checkpoint(path, model, None, self.about["step"], tokenizer=self.about.get("tokenizer"))
+
+
+# --- 10. accounting -----------------------------------------------------------------------------------------
+
+def state_bytes(n, stage, N, whole=0):
+    """Bytes a rank of n fp32 parameters with AdamW: 4 weight, 4 gradient, 8 state each, of which stage s
+    divides the last s kinds by N. whole: parameters that stage 3 does not divide (norms, biases)."""
+    part = (n - whole) / N + whole if stage == 3 else n / N
+    return {"weights": 4 * (part if stage == 3 else n), "gradients": 4 * (part if stage >= 2 else n),
+            "optimizer": 8 * (part if stage >= 1 else n)}
+
+
+def measured_state(trainer):
+    """The same, from the storages that this rank holds; one that two tensors share counts once."""
+    params, pieces = list(trainer.model.parameters()), [p for _, _, p, _ in trainer.pieces()]
+    kinds = {"weights": params + pieces, "gradients": [p.grad for p in params + pieces if p.grad is not None],
+             "optimizer": [v for p in pieces for v in trainer.state_of(p).values() if per_number(v, p)]}
+    sizes, seen = {}, set()
+    for kind, tensors in kinds.items():
+        storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+        sizes[kind] = sum(size for at, size in storages.items() if at not in seen)
+        seen |= set(storages)
+    return sizes
+
+
+def simulate(c, stage, world, tokens=8):
+    """What rank 0 of `world` holds after forward, backward and step: this file's own code, on tensors that
+    have shapes but no memory, among ranks that do not exist and whose collectives return at once."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    with torch.device("meta"):                             # random numbers need real tensors; these have none
+        model = M.Transformer(c)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            trainer = Trainer(model.to_empty(device="cpu"), stage, fused=True)
+            ids = torch.zeros(1, tokens, dtype=torch.long)
+            trainer.gradients(ids, ids)
+            trainer.optimizer.step()
+            return measured_state(trainer)
+    finally:
+        dist.destroy_process_group()
+
+
+def data_parallel_bytes(buffers, stage, N, whole=0, compute_bytes=4, micro_batches=1):
+    """Sent by a rank in a step. buffers: parameters that travel together, each padded to a multiple of N."""
+    n, m, share = sum(N * -(-b // N) for b in buffers), micro_batches, Fraction(N - 1, N)
+    return {0: 2 * share * 4 * sum(buffers), 1: 2 * share * 4 * n, 2: (m + 1) * share * 4 * n,
+            3: m * share * ((2 * compute_bytes + 4) * n + 2 * 4 * whole)}[stage]
+
+
+def tensor_parallel_bytes(c, t, sequences, whole, micro_batches=1):
+    """Sent by a rank in a step: four all-reduces of the stream a layer, one each for embedding and output
+    matrix, three numbers a token for the loss, and the gradients of what is not split."""
+    all_reduce, tokens = Fraction(2 * (t - 1), t), sequences * c.context_length
+    return all_reduce * 4 * ((4 * c.num_layers + 2) * tokens * c.d_model + 3 * tokens + micro_batches * whole)
+
+
+def pipeline_bytes(c, stage, stages, sequences):
+    """The stream to the next stage, its gradient to the one before."""
+    return ((stage < stages - 1) + (stage > 0)) * 4 * sequences * c.context_length * c.d_model
+
+
+# --- 11. planning -------------------------------------------------------------------------------------------
+
+# bf16 FLOP/s, bytes of memory, bytes/s one way within a node of eight, and between nodes (data sheets).
+GPUS = {"a100": (312e12, 80e9, 300e9, 25e9), "h100": (989.5e12, 80e9, 450e9, 50e9),
+        "h200": (989.5e12, 141e9, 450e9, 50e9), "b200": (2250e12, 180e9, 900e9, 50e9)}
+REACHED = 0.7                                              # of that FLOP/s, by large products: an assumption
+
+
+def shape_of(n, context_length=4096):
+    """A Llama-like shape of about n parameters: D/L near 100, H = 128, 12 L D^2 = n."""
+    unit = 1024 if n > 3e9 else 128                        # so that 8 tensor-parallel ranks share the heads
+    D = unit * max(1, round((n * 100 / 12) ** (1 / 3) / unit))
+    return M.ModelConfig(vocab_size=32000, context_length=context_length, d_model=D, num_heads=D // 128,
+                         num_layers=max(1, round(n / (12 * D * D))))
+
+
+def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute):
+    """One layout's row, for one sequence a micro-batch, bf16 messages and products, fp32 state. Communication
+    of weights and gradients hides behind products as far as it is not longer; tensor parallelism's does
+    not."""
+    peak, memory, near, far = GPUS[gpu]
+    n, D, L, T, dp = M.num_params(c), c.d_model, c.num_layers, c.context_length, gpus // (tp * pp)
+    m, kept = sequences // dp, M.activation_bytes(c, 1, checkpoint_blocks=recompute)
+    block = M.activation_bytes(c, 1)["blocks"] / L if recompute else 0       # one at a time, computed again
+    blocks = kept["blocks"] / pp * min(m, pp) + block                        # 1F1B: of up to pp micro-batches
+    activations = (blocks / 2 + kept["last norm"] / 2 + kept["logits"]) / tp
+    gathered = 3 * 2 * n / (tp * L) if stage == 3 else 0   # this layer, the next, a gradient
+    total = sum(state_bytes(n / (tp * pp), stage, dp).values()) + activations + gathered
+    useful = M.train_flops(c, sequences * T)
+    compute = useful * (4 / 3 if recompute else 1) / (gpus * peak * REACHED)
+    sent = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[stage] * (dp - 1) / dp * 2 * n / (tp * pp)
+    weights = sent / (far if gpus > 8 else near)
+    stream = (4 + 2 * recompute) * 2 * (tp - 1) / tp * 2 * T * D * (L / pp) * m / near
+    seconds = (max(compute, weights) + stream) * (m + pp - 1) / m            # the bubble
+    return dict(stage=stage, tp=tp, pp=pp, dp=dp, micro=m, recompute=recompute, bytes=total,
+                fits=total <= 0.9 * memory, sent=weights / compute, bubble=(pp - 1) / (m + pp - 1),
+                seconds=seconds, mfu=useful / (gpus * peak * seconds))
+
+
+def plan(n_params, gpus, gpu, tokens):
+    """-> (shape, sequences a step, rows, best first, those that do not fit last)."""
+    c, rows, powers = shape_of(n_params), [], [2**i for i in range(11)]
+    sequences = max(1, round(tokens / c.context_length))
+    for tp, pp, stage, recompute in itertools.product(powers[:4], powers, range(4), (False, True)):
+        fits = gpus % (tp * pp) == 0 and pp <= c.num_layers and c.num_heads % tp == 0
+        if fits and not (pp > 1 and stage > 1) and sequences % (gpus // (tp * pp)) == 0:
+            rows.append(plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute))
+    if not rows:
+        raise ValueError(f"{sequences} sequences of {c.context_length} tokens do not split over --gpus "
+                         f"{gpus}: try --tokens {gpus * c.context_length}")
+    return c, sequences, sorted(rows, key=lambda r: (not r["fits"], -r["mfu"]))
+
+
+def show_plan(args):
+    c, sequences, rows = plan(args.params, args.gpus, args.gpu, args.tokens)
+    peak, memory, near, far = GPUS[args.gpu]
+    speed, fitting = peak * REACHED, [r for r in rows if r["fits"]]
+    print(f"{M.num_params(c):,} parameters (L {c.num_layers}, D {c.d_model}), {sequences} sequences of "
+          f"{c.context_length} tokens a step, {args.gpus} x {args.gpu}, products at {REACHED:.0%} of "
+          f"{peak / 1e12:,.0f} TFLOP/s\nlimits: weights and gradients hide behind products from "
+          f"{speed / far:,.0f} tokens a GPU on between nodes, {speed / near:,.0f} within one;\n"
+          f"the sums of a feed-forward are shorter than its products up to "
+          f"{1.5 * c.ffn_dim * near / speed:.0f} tensor-parallel ranks within a node")
+    M.table(f"{len(fitting)} of {len(rows)} layouts fit in {memory / 1e9:.0f} GB less a tenth; "
+            f"the best, and two that do not fit",
+            ["stage", "tp", "pp", "dp", "micro-batches", "recompute", "GB/rank", "sent/compute", "bubble",
+             "s/step", "MFU"],
+            [[str(r["stage"]), str(r["tp"]), str(r["pp"]), str(r["dp"]), str(r["micro"]),
+              "yes" if r["recompute"] else "no", f"{r['bytes'] / 1e9:.1f}", f"{r['sent']:.0%}",
+              f"{r['bubble']:.1%}", f"{r['seconds']:.2f}", f"{r['mfu']:.1%}"]
+             for r in fitting[:10] + rows[len(fitting):][:2]])
+
+
+# --- 12. ranks: started, watched, ended ---------------------------------------------------------------------
+
+def run_rank(job, args, store, rank, world, device="cpu", timeout=20.0, loud=False):
+    """Join the group, run job(args, store), leave. The job tells the store its step/RANK. An error ends the
+    process, for the others would wait; who waits longer than `timeout` seconds for another has an error."""
+    warnings.filterwarnings("ignore", message="Mismatch dtype")              # fp32 gains of a bf16 stream
+    try:
+        if device == "cuda":
+            torch.cuda.set_device(rank % torch.cuda.device_count())
+        store.set(f"step/{rank}", "0")
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=datetime.timedelta(seconds=timeout))
+        result = job(args, store)
+        if store.add("done", 1) == world:                  # nobody hangs up while another still works
+            store.set("all done", "")
+        store.wait(["all done"], datetime.timedelta(hours=12))
+        dist.destroy_process_group()
+        return result
+    except Exception as e:
+        lost = isinstance(e, dist.DistError) or "gloo" in str(e)             # a collective failed: not me
+        line, status = "" if lost else f"{type(e).__name__}: {M.first_line(e)}", 1
+        if isinstance(e, (ValueError, OSError)) and store.get(f"step/{rank}") == b"0":
+            line, status = M.first_line(e), 2              # a mistake of the user's, before the first step
+        blame(store, rank, world, line, status, loud)
+        os._exit(status)                                   # sys.exit would wait for messages under way
+
+
+def blame(store, rank, world, line, status, loud):
+    """Who did it: a rank that raised, else one that says nothing. The first to come writes it, in one
+    line."""
+    store.set(f"end/{rank}", line)
+    for _ in range(0 if line else 30):                     # three seconds for the others to notice, too
+        time.sleep(0.1)
+        if all(store.check([f"end/{r}"]) for r in range(world)):
+            break
+    if store.add("said", 1) == 1:
+        ends = {r: store.get(f"end/{r}").decode() for r in range(world) if store.check([f"end/{r}"])}
+        silent = [r for r in range(world) if r not in ends]
+        guilty = next((r for r in ends if ends[r]), *silent[:1] or [rank])
+        what = ends.get(guilty) or "does not answer: it was killed, was stopped, or hangs"
+        step = store.get(f"step/{guilty}").decode()
+        text = what if status == 2 else f"rank {guilty} at step {step}: {what}"
+        store.set("line", text)
+        if loud:
+            print(f"zero.py: error: {text}", file=sys.stderr, flush=True)
+
+
+def local_rank(pipe, job, args, port, rank, world, options):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is the parent's, which ends its ranks
+    torch.set_num_threads(max(1, torch.get_num_threads() // world))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    pipe.send_bytes(pickle.dumps(run_rank(job, args, store, rank, world, **options)))
+
+
+def launch(job, world, args, **options):
+    """job(args, store) in `world` local processes -> their results; RuntimeError, or the ValueError of a
+    rank, with all of them ended. The parent holds the store, on a port that the system picks: if it dies,
+    the ranks' next store.set fails, and nobody is left behind."""
+    context = multiprocessing.get_context("forkserver")    # ranks: forks of a process that has loaded torch
+    context.set_forkserver_preload(["torch"])
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, ranks, results = [], [], {}
+    try:
+        for rank in range(world):
+            ours, theirs = context.Pipe(duplex=False)
+            ranks.append(context.Process(target=local_rank,
+                                         args=(theirs, job, args, store.port, rank, world, options)))
+            ranks[-1].start()
+            theirs.close()                                 # so that the end of the rank ends the pipe
+            pipes.append(ours)
+        while len(results) < world:
+            for pipe in multiprocessing.connection.wait([p for r, p in enumerate(pipes) if r not in results]):
+                rank = pipes.index(pipe)
+                try:
+                    results[rank] = pickle.loads(pipe.recv_bytes())
+                except EOFError:                           # it has ended without one
+                    ranks[rank].join()
+                    raise rank_lost(store, rank, ranks[rank].exitcode) from None
+    finally:
+        for process in ranks:
+            process.join(5 if len(results) == world else 0)
+            process.kill()
+            process.join()
+    return [results[rank] for rank in range(world)]
+
+
+def rank_lost(store, rank, status):
+    if status >= 0 and store.check(["line"]):
+        return (ValueError if status == 2 else RuntimeError)(store.get("line").decode())
+    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    step = store.get(f"step/{rank}").decode() if store.check([f"step/{rank}"]) else "0"
+    return RuntimeError(f"rank {rank} at step {step}: {how}")
+
+
+def check_alike(facts):
+    """facts {name: value} must be equal on all ranks: another seed, text or code on one of them would train
+    on without an error, and be wrong."""
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    for rank, theirs in enumerate(everyone):
+        odd = [f"{k} {theirs.get(k)!r}, rank 0 {v!r}" for k, v in everyone[0].items() if theirs.get(k) != v]
+        if odd:
+            raise ValueError(f"the ranks differ: rank {rank} has {'; '.join(odd[:3])}")
+
+
+# --- 13. training -------------------------------------------------------------------------------------------
+
+def draw(tokens, T, seed, first, count):
+    """Sequences first .. first+count-1 of a run, (count,T+1). Number i depends on (seed, i) alone: what a
+    step sees does not depend on the number of ranks, and nothing has to be saved."""
+    starts = [np.random.default_rng([seed, i]).integers(len(tokens) - T) for i in range(first, first + count)]
+    return torch.from_numpy(np.stack([tokens[s:s + T + 1] for s in starts]).astype(np.int64))
+
+
+def open_data(args, store):
+    """Rank 0 makes the token files where there are none; the others wait, for as long as that takes."""
+    folder, c = args.out, M.model_config(args)
+    if args.data and len(args.data) == 1 and os.path.exists(os.path.join(args.data[0], "train.bin")):
+        folder = args.data[0]
+    elif dist.get_rank() == 0:
+        bpe.prepare(args.out, args.data, vocab_size=c.vocab_size, log=functools.partial(print, flush=True))
+        store.set("text", "ready")
+    else:
+        store.wait(["text"], datetime.timedelta(hours=12))
+    tokenizer = bpe.load_tokenizer(os.path.join(folder, "tokenizer.json"))
+    tokens = bpe.load_tokens(os.path.join(folder, "train.bin"), tokenizer)
+    if len(tokens) <= c.context_length + 1:
+        raise ValueError(f"{len(tokens):,} training tokens are not one sequence of {c.context_length}: "
+                         f"give more text, or --context_length {max(1, len(tokens) - 2)}")
+    return tokenizer, tokens
+
+
+def set_up(args, store):
+    """-> (trainer, tokenizer, tokens, this replica's sequences a step), the same on all ranks or a
+    ValueError."""
+    tokenizer, tokens = open_data(args, store)
+    torch.manual_seed(args.seed)
+    model = M.Transformer(M.model_config(args, vocab_size=tokenizer.vocab_size)).to(args.device)
+    model.checkpoint_blocks = args.checkpoint_blocks
+    code = hashlib.sha256()
+    for path in (__file__, M.__file__):
+        with open(path, "rb") as f:
+            code.update(f.read())
+    check_alike({**vars(args), "torch": torch.__version__, "code": code.hexdigest()[:12],
+                 "tokens": len(tokens), "tokenizer": tokenizer.hash(),
+                 "weights": sum(p.double().sum().item() for p in model.parameters())})
+    trainer = Trainer(model, args.stage, args.tp, args.pp, args.ep, kind=args.pipeline, lr=args.lr,
+                      compute_dtype=torch.bfloat16 if args.dtype == "bf16" else None, betas=(0.9, 0.95),
+                      weight_decay=args.weight_decay, fused=True)
+    unit = trainer.dp * (args.micro_batch or 1)
+    if args.batch_size % unit:
+        raise ValueError(f"--batch_size {args.batch_size} is no multiple of {trainer.dp} data-parallel ranks "
+                         f"x --micro_batch {args.micro_batch or 1}: try --batch_size "
+                         f"{unit * max(1, round(args.batch_size / unit))}")
+    return trainer, tokenizer, tokens, args.batch_size // trainer.dp
+
+
+def resume(trainer, folder, tokenizer):
+    checkpoint, config = ShardedCheckpoint(folder), dataclasses.asdict(trainer.config)
+    before = checkpoint.about["config"]
+    odd = [f"{k} {before.get(k)} there, {v} here" for k, v in config.items() if before.get(k) != v]
+    odd += ["another tokenizer"] * (checkpoint.about["tokenizer"] != tokenizer.hash())
+    if odd:
+        raise ValueError(f"{checkpoint.path} is of another run ({'; '.join(odd[:3])}): give that run's "
+                         f"flags, or drop --resume")
+    checkpoint.load(trainer)
+    return f"resumed {checkpoint.path}, written by {len(checkpoint.ranks)} ranks"
+
+
+def train(args, store):
+    """A run, on every rank -> the last loss. Rank 0 prints and logs; every rank writes its checkpoint
+    pieces."""
+    rank, folder = dist.get_rank(), os.path.join(args.out, "sharded")
+    say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
+    trainer, tokenizer, tokens, share = set_up(args, store)
+    T, place, loss = trainer.config.context_length, trainer.mesh["dp"][2], None
+    if args.resume:
+        say(resume(trainer, folder, tokenizer))
+    elif rank == 0 and checkpoints(folder):
+        shutil.rmtree(f"{folder}.old", ignore_errors=True)
+        os.replace(folder, f"{folder}.old")
+        say(f"note     the checkpoint of an earlier run is now in {folder}.old  (--resume would have "
+            f"continued it)")
+    say(f"{M.num_params(trainer.config):,} parameters on {trainer.dp} data x {args.pp} pipeline x {args.tp} "
+        f"tensor ranks, stage {args.stage}; a step: {args.batch_size} sequences x {T} tokens")
+    with open(os.path.join(args.out, "log.jsonl"), "a") if rank == 0 else contextlib.nullcontext() as log:
+        for step in range(trainer.steps_done, args.steps):
+            store.set(f"step/{rank}", str(step))
+            begin = time.perf_counter()
+            torch.manual_seed(hash((args.seed, step, place)))                # for dropout; resumable
+            rows = draw(tokens, T, args.seed, step * args.batch_size + place * share, share).to(args.device)
+            progress = (step + 1) / args.steps             # 2% up, then half a cosine down to a tenth
+            lr = args.lr * min(1.0, progress / 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress))
+            loss, norm = trainer.step(rows[:, :-1], rows[:, 1:], args.micro_batch, lr, args.clip)
+            ms, last = 1000 * (time.perf_counter() - begin), step + 1 == args.steps
+            if log:
+                log.write(json.dumps(dict(step=step + 1, loss=loss, gnorm=norm, lr=lr, step_ms=ms)) + "\n")
+            if step % args.print_steps == 0 or last:
+                say(f"step {step + 1:>6}/{args.steps} | loss {loss:7.4f} | lr {lr:.2e} | gnorm {norm:6.2f} | "
+                    f"{ms:7.1f} ms | {args.batch_size * T / ms * 1000:>9,.0f} tok/s")
+            if (step + 1) % args.save_steps == 0 or last:
+                save_sharded(folder, trainer, tokenizer=tokenizer.hash())
+    if rank == 0:
+        ShardedCheckpoint(folder).export(os.path.join(args.out, "checkpoint.pt"))
+        say(f"saved {folder} (each rank its pieces) and {args.out}/checkpoint.pt (one file)")
+    return loss
+
+
+# --- 14. the lecture ----------------------------------------------------------------------------------------
+
+STAGES = ["data parallel", "ZeRO-1", "ZeRO-2", "FSDP (ZeRO-3)"]
+# What the table shows: name -> (Trainer's arguments, micro-batches).
+LAYOUTS = {**{name: ({"stage": s}, 1) for s, name in enumerate(STAGES)},
+           "tensor parallel": ({"tp": 2, "sequence": False}, 1), "tensor + sequence": ({"tp": 2}, 1),
+           "pipeline, GPipe": ({"pp": 2, "kind": "gpipe"}, 4), "pipeline, 1F1B": ({"pp": 2}, 4)}
+
+
+def predict(c, layout, N, sequences, micro_batches):
+    """(bytes of weights, gradients and optimizer state, bytes sent a step) of rank 0, by the formulas."""
+    with torch.device("meta"):
+        params = dict(M.Transformer(c).named_parameters())
+    n, whole = (sum(p.numel() for p in params.values() if p.dim() >= least) for least in (0, 2))
+    whole, stage = n - whole, layout.get("stage", 0)       # norms and biases
+    norm = 2 * Fraction(N - 1, N) * 16                     # loss and gradient norm, two float64
+    if "tp" in layout:
+        summed = whole if layout.get("sequence", True) else 2 * c.head_dim * c.num_layers * c.qk_norm
+        return (16 * ((n - whole) / N + whole),
+                norm + tensor_parallel_bytes(c, N, sequences, summed, micro_batches))
+    if "pp" in layout:
+        later = [f"blocks.{i}." for i in range(-(-c.num_layers // N), c.num_layers)] + ["norm.", "head."]
+        here = sum(p.numel() for name, p in params.items() if not name.startswith(tuple(later)))
+        return 16 * here, norm + pipeline_bytes(c, 0, N, sequences)
+    buffers = [n]
+    if stage == 3:                                         # one a layer, of its matrices
+        unit = lambda name: name.split(".")[:2] if name.startswith("blocks.") else name
+        layers = itertools.groupby((name for name, p in params.items() if p.dim() > 1), unit)
+        buffers = [sum(params[name].numel() for name in names) for _, names in layers]
+    return (sum(state_bytes(n, stage, N, whole).values()),
+            norm + data_parallel_bytes(buffers, stage, N, whole, 4, micro_batches))
+
+
+def lecture_rank(args, store):
+    """Five steps in every layout, and by one process on the whole batch -> rows of the table."""
+    c, N, rows = args.config, dist.get_world_size(), []
+    g = torch.Generator().manual_seed(args.seed)
+    batches = torch.randint(0, c.vocab_size, (5, args.batch_size, c.context_length + 1), generator=g)
+    adam = dict(lr=1e-3, eps=1e-5, fused=True)             # a smaller eps blows up rounding near gradient 0
+
+    def fresh():
+        torch.manual_seed(args.seed)
+        return M.Transformer(c)
+    one = fresh()
+    optimizer, expected = torch.optim.AdamW(one.parameters(), **adam), dict(one.named_parameters())
+    for batch in batches:
+        M.training_loss(one, batch[:, :-1], batch[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    trainers = {name: Trainer(fresh(), **layout, **adam) for name, (layout, _) in LAYOUTS.items()}
+    ms, waits = ({name: [] for name in trainers} for _ in range(2))
+    for step, batch in enumerate(batches):
+        store.set(f"step/{dist.get_rank()}", str(step))
+        for name, trainer in trainers.items():             # in turns: other work on the machine disturbs all
+            mine = batch.chunk(trainer.dp)[trainer.mesh["dp"][2]]
+            dist.barrier()
+            begin = time.perf_counter()
+            with CountBytes() as trainer.sent:
+                trainer.step(mine[:, :-1], mine[:, 1:], len(mine) // LAYOUTS[name][1])
+            ms[name].append(1000 * (time.perf_counter() - begin))
+            waits[name].append(1000 * trainer.pipeline.waited / ms[name][-1] if trainer.pipeline else 0)
+    for name, trainer in trainers.items():
+        layout, m = LAYOUTS[name]
+        apart = [0.0] * N
+        errors = [(piece.flatten() - expected[n].detach().flatten()[
+            positions(trainer.shapes[n], trainer.split.get(n), first, piece.numel())]).abs().max().item()
+            for n, first, piece, _ in trainer.pieces()]
+        dist.all_gather_object(apart, max(errors))
+        mine = batches[0].chunk(trainer.dp)[trainer.mesh["dp"][2]]
+        trainer.gradients(mine[:, :-1], mine[:, 1:])       # state is measured where there is most of it
+        rows.append(dict(name=name, predicted=predict(c, layout, N, args.batch_size, m), error=max(apart),
+                         state=measured_state(trainer), sent=trainer.sent.total(),
+                         ms=statistics.median(ms[name]), waits=statistics.median(waits[name]),
+                         bubble=(N - 1) / (m + N - 1)))
+    return rows
+
+
+def lecture(args):
+    args.config = M.model_config(args)
+    rows = launch(lecture_rank, 2, args, timeout=max(60.0, args.timeout))[0]
+    mb = lambda n: f"{float(n) / 1e6:,.3f}"
+    M.table(f"{M.num_params(args.config):,} parameters on 2 ranks, fp32, AdamW, {args.batch_size} sequences "
+            f"of {args.config.context_length} tokens a step;\nMB on rank 0, and the largest difference of a "
+            f"weight from one process after five steps",
+            ["layout", "state: predicted", "measured", "sent a step: predicted", "counted", "ms/step",
+             "difference"],
+            [[r["name"], mb(r["predicted"][0]), mb(sum(r["state"].values())), mb(r["predicted"][1]),
+              mb(r["sent"]), f"{r['ms']:.0f}", f"{r['error']:.1e}"] for r in rows])
+    for r in rows[-2:]:
+        print(f"  {r['name']}: rank 0 waits for {r['waits']:.0%} of a step; were both stages equally long, "
+              f"(p-1)/(m+p-1) = {r['bubble']:.0%}")
+    big, worlds = M.ModelConfig(**M.PRESETS["llama2-7b"]), (8, 64, 1024)
+    n, whole = M.num_params(big), M.count_params(big)["norms"]
+    grid = list(itertools.product(worlds, range(4)))
+    with multiprocessing.get_context("forkserver").Pool(min(4, os.cpu_count() or 1)) as pool:
+        found = pool.starmap(simulate, [(big, stage, world) for world, stage in grid], chunksize=1)
+    measured = {at: sum(sizes.values()) / 1e9 for at, sizes in zip(grid, found)}
+
+    def cell(world, stage):
+        predicted = sum(state_bytes(n, stage, world, whole).values()) / 1e9
+        return f"{predicted:.2f} {measured[world, stage]:.2f}{' *' if measured[world, stage] < 80 else '  '}"
+    M.table(f"Llama-2 7B, {n:,} parameters: GB of state a rank, predicted and measured on simulated ranks; "
+            f"* fits 80 GB", ["ranks", *STAGES],
+            [[f"{w:,}", *(cell(w, s) for s in range(4))] for w in worlds])
+    plot(os.path.join(args.out, "zero.png"), rows[:4], measured, worlds)
+
+
+def plot(path, rows, measured, worlds):
+    plt = M.pyplot()
+    if plt is None:
+        return
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    bottom = [0.0] * len(rows)
+    for kind in ("weights", "gradients", "optimizer"):
+        height = [r["state"][kind] / 1e6 for r in rows]
+        left.bar(STAGES, height, bottom=bottom, label=kind)
+        bottom = [b + h for b, h in zip(bottom, height)]
+    left.set(ylabel="MB on rank 0", title="measured, 2 ranks")
+    left.legend()
+    for stage, name in enumerate(STAGES):
+        right.plot(worlds, [measured[w, stage] for w in worlds], "o-", label=name)
+    right.axhline(80, color="grey", linestyle=":")
+    right.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GB a rank",
+              title="Llama-2 7B; dotted: 80 GB")
+    right.legend()
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    print(f"\nsaved {path}")
+
+
+# --- 15. command line ---------------------------------------------------------------------------------------
+
+def parse_args(argv=None):
+    p = M.cli(__doc__)
+    t = p.add_argument_group("training (without --steps: the lecture)").add_argument
+    t("--steps", type=int, default=0, help="optimizer steps; 0: the lecture")
+    t("--data", nargs="+", metavar="PATH",
+      help="text, or one folder with train.bin and tokenizer.json; without it the Python standard library")
+    t("--out", default="out", metavar="DIR", help="folder for everything the run makes")
+    t("--resume", action="store_true", help="continue from the checkpoint in --out, in any layout")
+    t("--batch_size", type=int, default=8, help="sequences a step, all ranks together")
+    t("--micro_batch", type=int, default=0, help="sequences a rank takes at a time; 0: its whole share")
+    t("--lr", type=float, default=1e-3, help="peak learning rate")
+    t("--weight_decay", type=float, default=0.1, help="pull on all weights, times the rate")
+    t("--clip", type=float, default=1.0, help="largest l2 norm of all gradients together")
+    t("--seed", type=int, default=0, help="of weights and data order")
+    t("--save_steps", type=int, default=100, help="steps between checkpoints")
+    t("--print_steps", type=int, default=10, help="steps between lines on the screen")
+    r = p.add_argument_group("layout: ranks = data x pipeline x tensor parallel").add_argument
+    r("--world_size", type=int, default=2, help="local ranks to start (torchrun starts its own)")
+    r("--stage", type=int, choices=range(4), default=3, help="0 data parallel, 1 ZeRO-1, 2 ZeRO-2, 3 FSDP")
+    r("--tp", type=int, default=1, help="tensor-parallel ranks")
+    r("--pp", type=int, default=1, help="pipeline stages (with --stage 0 or 1)")
+    r("--pipeline", choices=("1f1b", "gpipe"), default="1f1b", help="order of a stage's work")
+    r("--ep", action="store_true", help="split experts over the data-parallel ranks (with --stage 0)")
+    r("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products, and of what FSDP gathers")
+    r("--checkpoint_blocks", action="store_true", help="recompute blocks in backward: memory for time")
+    r("--device", default="auto", help="cuda or cpu; auto takes cuda where it is")
+    r("--timeout", type=float, default=20.0, help="seconds others wait for a rank before it counts as lost")
+    g = p.add_argument_group("planning").add_argument
+    g("--plan", action="store_true", help="the best layouts for a model and a cluster, by the formulas")
+    g("--params", type=float, default=7e9, help="parameters of the model")
+    g("--gpus", type=int, default=64, help="devices, eight a node")
+    g("--gpu", choices=GPUS, default="h100", help="their kind")
+    g("--tokens", type=float, default=2**22, help="tokens a step")
+    M.add_model_flags(p)
+    args = p.parse_args(argv)
+    try:
+        check(args)
+    except ValueError as e:
+        p.error(M.first_line(e))
+    return args
+
+
+def check(args):
+    least = dict(steps=0, batch_size=1, micro_batch=0, lr=0, weight_decay=0, clip=0, seed=0, save_steps=1,
+                 tp=1, pp=1, print_steps=1, world_size=1, timeout=1, params=1e6, gpus=1, tokens=1)
+    for name, low in least.items():
+        if not low <= getattr(args, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(args, name)} is out of range: {low:g} or more")
+    if not args.steps and args.resume:
+        raise ValueError("--resume needs the number of --steps to reach: try --steps 1000")
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if M.pick_device(args.device) not in ("cuda", "cpu"):
+        raise ValueError(f"--device {args.device} has no collectives, or is one of several: give cuda or cpu")
+    alone = args.steps and "RANK" not in os.environ        # not under torchrun, which knows better
+    if alone and args.device == "cuda" and args.world_size > torch.cuda.device_count():
+        raise ValueError(f"--world_size {args.world_size} ranks need as many GPUs, here are "
+                         f"{torch.cuda.device_count()}: lower it, or give --device cpu")
+    M.model_config(args)
+
+
+def run(args):
+    options = dict(device=args.device, timeout=args.timeout)
+    os.makedirs(args.out, exist_ok=True)
+    if args.plan:
+        show_plan(args)
+    elif "RANK" in os.environ:                             # torchrun has started this process
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+        args.resume |= restarts > 0 and bool(checkpoints(os.path.join(args.out, "sharded")))
+        store, rank, world = next(dist.rendezvous("env://"))
+        store = dist.PrefixStore(f"start {restarts}", store)                 # else with addresses of the dead
+        run_rank(train, args, store, rank, world, loud=True, **options)
+    elif args.steps:
+        launch(train, args.world_size, args, **options)
+    else:
+        lecture(args)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    status, text = 0, ""
+    try:
+        run(args)
+    except (ValueError, OSError) as e:
+        status, text = 2, f"zero.py: error: {M.first_line(e)}"
+    except RuntimeError as e:                              # a rank was lost
+        status, text = 1, f"zero.py: error: {M.first_line(e)}"
+    except KeyboardInterrupt:
+        status, text = 130, "\ninterrupted: the last checkpoint is whole; --resume goes on from there"
+    if status:
+        print(text, file=sys.stderr)
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
