@@ -151,6 +151,10 @@ def test_runs_in_any_order_and_twice():
     assert len(again) == len(runs) and len(notes) == 2
     assert "left out" in notes[0] and "2 runs of" in notes[1]
     assert again[0]["L"] == pytest.approx(runs[0]["L"] + 0.05)
+    # budgets that differ by a step's rounding are one; within it the sizes rise, as the tables print them
+    rounded = [{**r, "C": r["C"] * (1 + 1e-4 * i)} for i, r in enumerate(runs[::-1])]
+    assert [[r["N"] for r in group] for _, group in s.by_budget(rounded)] == [
+        [r["N"] for r in runs[i:i + 6]] for i in range(0, 24, 6)]
 
 
 def test_ledger_never_overspends_and_survives(tmp_path):
