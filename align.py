@@ -5,8 +5,8 @@ What   A base model continues text. Supervised fine-tuning (SFT) teaches it to a
        what is liked or verified. The last part measures: likelihoods, parsed answers, judges.
 Why    Imitation copies the teacher's mistakes. A verifier need not know how to do the task, only whether it
        was done: a pupil who forgets carries is imitated, forgotten carries and all, and the same model, paid
-       for right answers, passes 95% on sums it never saw. Reinforcement sharpens what the model sometimes does already;
-       a start that is almost never right gives it nothing to sharpen, and is refused here.
+       for right answers, passes 95% on sums it never saw. Reinforcement sharpens what a model sometimes
+       does already; a start that is almost never right gives it nothing to sharpen, and is refused here.
 
 Equations
        SFT            - mean over the answer's tokens of ln p(token | before); the prompt is not trained on
@@ -28,7 +28,7 @@ Run    python align.py                                   # base, SFT, GRPO on su
        python align.py eval --task gsm8k --data gsm8k_test.jsonl --init out/chat/checkpoint.pt
 
 You should see (one CPU thread; shortened)
-       step   20 | reward  0.860 | held out  99.3% | kl  0.050 | entropy 0.120 | clip  0.0% | gnorm  1.07 | ...
+       step   20 | reward  0.860 | held out  99.3% | kl  0.050 | entropy 0.120 | clip  0.0% | ...
        Right answers to 1,000 sums never shown (95% intervals of up to +-3 points; sampled: 200 sums)
                                 greedy  one sample  majority of 16  any of 16
          base: a pupil's books    0.2%        0.2%            0.0%       3.0%
@@ -1252,8 +1252,8 @@ def pupil_model(seed, device="cpu"):
     torch.manual_seed(seed)
     tokenizer = bpe.BPETokenizer({i: c.encode() for i, c in enumerate("0123456789+=")}, [], [bpe.EOT])
     config = M.ModelConfig(vocab_size=tokenizer.vocab_size, context_length=32, d_model=64, num_layers=2,
-                           num_heads=4, position="learned", ffn="gelu")
-    problems = [Problem(f"{a:02}+{b:02}", str(a + b)) for a in range(100) for b in range(100)]
+                           num_heads=4, position="learned", ffn="gelu", init="gpt2")
+    problems = [Problem(f"{a:02}+{b:02}", f"{a + b:03}") for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(problems)
     model, tokenizer, template = prepare_chat(M.Transformer(config).to(device), tokenizer)
     return model, chat_task(tokenizer, template, problems[:9000], problems[9000:], exact_reward)
@@ -1273,7 +1273,8 @@ def pupil_answers(task, seed, forgets=0.6):
     rng, out = random.Random(seed), []
     for p in task.train:
         a, b = map(int, p.prompt.split("+"))
-        out.append((p, str(a + b - (10 if a % 10 + b % 10 > 9 and rng.random() < forgets else 0))))
+        forgotten = a % 10 + b % 10 > 9 and rng.random() < forgets
+        out.append((p, f"{a + b - 10 * forgotten:03}"))
     return out
 
 
