@@ -52,6 +52,7 @@ import threading
 import time
 import unicodedata
 import zlib
+from array import array
 from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -69,33 +70,30 @@ LATER_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT4_PATTERN = LATER_PATTERN % "{1,3}"
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN, "llama3": GPT4_PATTERN, "qwen2": LATER_PATTERN % ""}
+BLOCK = 1 << 16                                      # characters, bytes or ids handled at a time
+BATCH = 1 << 21                                      # characters of text that are one task of a worker
 
 
 # --- 1. the naive version -------------------------------------------------------------------------
 
 def split_special(text, special_tokens):
-    """[text, special, text, ..., text]: special tokens at the odd places. The leftmost wins, then the longest.
-
-    Nothing is counted or merged across a special token, so this comes before the regex, in training and in
-    encoding."""
+    """[text, special, text, ..., text]: special tokens at odd places; the leftmost, then the longest, wins.
+    Nothing is counted or merged across one, so this comes before the regex, in training and in encoding."""
     return special_regex(tuple(special_tokens)).split(text) if special_tokens else [text]
 
 
 @functools.lru_cache(64)
 def special_regex(special_tokens):
-    # a regex takes the first alternative that fits
+    # a regex takes the first alternative that fits; (?!) fits nowhere
     longest_first = sorted(special_tokens, key=len, reverse=True)
-    return re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+    return regex.compile("(" + ("|".join(map(regex.escape, longest_first)) or "(?!)") + ")")
 
 
 def train_bpe_naive(text, vocab_size, special_tokens=(), pattern=GPT2_PATTERN):
-    """Count every pair, merge the most frequent, count again: O(merges * text). The oracle of train_bpe.
-
-    text: a string, or a Path or a list of Paths to read. Returns (vocab, merges) as train_bpe does."""
-    documents = [text] if isinstance(text, str) else read_documents(text)
-    ordinary = [part for document in documents for part in split_special(document, special_tokens)[::2]]
-    pre_tokens = Counter(p for part in ordinary for p in regex.findall(pattern, part))
-    words = {tuple(bytes([b]) for b in p.encode()): n for p, n in pre_tokens.items()}
+    """Count every pair, merge the most frequent, count again: O(merges * text). The oracle of train_bpe."""
+    pre_tokens = Counter(pre_token for part in split_special(text, special_tokens)[::2]
+                         for pre_token in regex.findall(pattern, part))
+    words = {tuple(bytes([b]) for b in pre_token.encode()): n for pre_token, n in pre_tokens.items()}
     merges = []
     while len(merges) < vocab_size - 256 - len(special_tokens):
         counts = Counter()
@@ -168,38 +166,25 @@ class WordTokenizer:
 
 
 # --- 3. incremental training ----------------------------------------------------------------------
-# A merge changes only the pairs at its own positions. So keep for every pair the positions where it stands,
-# and a heap of pairs by count. All pairs that hold a new token appear at the moment it is made; after that a
-# pair can only lose positions to other merges. A count in the heap is therefore an upper bound: recount when
-# it comes to the top, no sooner.
-
-@contextlib.contextmanager
-def no_gc():
-    """Millions of strings and tuples, and no cycles among them: without the collector's scans they cost a
-    fifth less time. Used as a decorator."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
+# A merge changes only the pairs at its own places. So keep for every pair the places where it stands, and a
+# heap of pairs by count. All pairs that hold a new token appear at the moment it is made; after that a pair
+# can only lose places to other merges. A count in the heap is therefore an upper bound: recount when it comes
+# to the top, no sooner.
 
 DEAD = -2                                            # a place inside a token; -1 stands between words
 
 
-@no_gc()
 def merge_pairs(counts, num_merges, show=False):
     """{pre-token: count} -> the naive trainer's merges; each costs only the places it touches."""
     symbol, weight = lay_out(counts)
     tokens = [bytes([b]) for b in range(256)]
     order = [tie_key(token) for token in tokens]
     place = np.int32 if len(symbol) < 1 << 31 else np.int64               # places are most of the memory
-    length = np.ones(256 + max(0, num_merges), place)                     # bytes of each token
+    # bytes of each token; a merge takes a symbol away, so there are no more merges than symbols
+    length = np.ones(256 + min(num_merges, len(symbol)), place)
     heap, merges = [], []
     at = np.flatnonzero((symbol[:-1] >= 0) & (symbol[1:] >= 0)).astype(place)
-    push_pairs(heap, order, weight, symbol[at], symbol[at + 1], at)
+    push_pairs(heap, order, weight, pair_key(symbol[at], symbol[at + 1]), at)
     progress = Progress("merge", num_merges, show, "merges", 1)
     while heap and len(merges) < num_merges:
         minus_bound, _, _, a, b, at = heapq.heappop(heap)
@@ -228,8 +213,7 @@ def merge_pairs(counts, num_merges, show=False):
         has_left = (left >= 0) & (left != new)
         has_right = right >= 0
         left, right = left[has_left], right[has_right]
-        push_pairs(heap, order, weight, np.concatenate([left, np.full_like(right, new)]),
-                   np.concatenate([np.full_like(left, new), right]),
+        push_pairs(heap, order, weight, np.concatenate([pair_key(left, new), pair_key(new, right)]),
                    np.concatenate([at[has_left] - length[left], at[has_right]]))
         progress(len(merges))
     progress.close()
@@ -254,12 +238,16 @@ def tie_key(token):
     return "".join([chr(255 - b) for b in token]) + "\u0100"
 
 
-def push_pairs(heap, order, weight, first, second, at):
-    """The pair (first[i], second[i]) stands at at[i]. One heap entry (-count, tie, tie, a, b, places) for each
-    distinct pair: sorted by pair, its places are one slice of at, from start to end."""
+def pair_key(first, second):
+    """Two symbols in one number; either may be an array."""
+    return np.int64(first) << 32 | second
+
+
+def push_pairs(heap, order, weight, key, at):
+    """The pair key[i] stands at at[i]. One heap entry (-count, tie, tie, a, b, places) a distinct pair:
+    sorted by pair, its places are one slice of at, from start to end."""
     if not len(at):
         return
-    key = first.astype(np.int64) << 32 | second
     # stable: the places of one pair stay ascending, as every_second needs them
     by_pair = np.argsort(key, kind="stable")
     key, at = key[by_pair], at[by_pair]
@@ -272,12 +260,14 @@ def push_pairs(heap, order, weight, first, second, at):
 
 
 def every_second(at, step):
-    """Of overlapping places keep every second, from the left: "aaaa" holds (a, a) at 0, 1, 2; keep 0 and 2."""
+    """Of overlapping places keep every second, from the left: "aaaa" holds (a, a) at 0, 1, 2: keep 0, 2."""
+    follows = at[1:] - at[:-1] == step
+    if not follows.any():
+        return at
     index = np.arange(len(at))
-    # a run of overlapping places begins wherever the step from the place before is not `step`
-    begins = np.concatenate([[True], at[1:] - at[:-1] != step])
-    # the running maximum carries the index of the run's beginning along; the difference counts within it
-    in_run = index - np.maximum.accumulate(np.where(begins, index, 0))
+    # a run of overlapping places begins where none follows the place before; the running maximum carries the
+    # index of its beginning along; the difference counts within the run
+    in_run = index - np.maximum.accumulate(np.where(np.append(False, follows), 0, index))
     return at[in_run % 2 == 0]
 
 
@@ -288,14 +278,13 @@ def every_second(at, step):
 # follows a single line end. Not safe: between a sign and a line end ("}\n" is one pre-token of GPT-4), or in
 # white space (what it becomes depends on the character after it). Marks (\p{M}) stay with their letter.
 
-BLOCK = 1 << 20                                      # characters, or bytes, handled at a time
-PIECE = 1 << 16                                      # characters a piece: short, so most are ASCII (fast)
 CUT = regex.compile(r"\p{L}(?=[^\p{L}\p{M}])|\p{N}(?=[^\p{N}\p{M}])|\S(?=[^\S\r\n])|\S\n(?=\S)",
                     regex.REVERSE)
 # NFC may turn a letter into letter and mark
 CUT_NFC = regex.compile(r"\S(?=[^\S\r\n])|\S\n(?=\S)", regex.REVERSE)
 # everything up to the end of a word or number; at the end of a text, what is left
-UNIT = r"[^\p{L}\p{N}]*+(?:\p{L}++|\p{N}++)|[^\p{L}\p{N}]++"
+UNIT = regex.compile(r"[^\p{L}\p{N}]*+(?:\p{L}++|\p{N}++)|[^\p{L}\p{N}]++")
+ASCII_UNIT = re.compile(r"[^a-zA-Z0-9]*+(?:[a-zA-Z]++|[0-9]++)|[^a-zA-Z0-9]++")
 
 
 class Cutter:
@@ -303,9 +292,8 @@ class Cutter:
     ever cut."""
 
     def __init__(self, cut, special_tokens=()):
-        longest_first = sorted(special_tokens, key=len, reverse=True)
-        self.cut, self.longest = cut, max(map(len, longest_first), default=1)
-        self.special = regex.compile("|".join(map(regex.escape, longest_first)) or "(?!)")
+        self.cut, self.special = cut, special_regex(tuple(special_tokens))
+        self.longest = max(map(len, special_tokens), default=1)
 
     def last(self, text):
         """The last safe place in a text of which more may follow; 0 if there is none."""
@@ -323,24 +311,51 @@ class Cutter:
             end = min(inside) + 1                    # never cut a special token in two: look further left
         return 0
 
-    def pieces(self, chunks, size=0):
-        """Joins chunks and gives pieces of more than `size` characters as soon as they can be cut off."""
+    def pieces(self, chunks, size=BLOCK):
+        """(chunk, whether it ends a document), ... -> the same of pieces that can stand alone. A piece is a
+        document, or what could be cut off as soon as more than `size` characters of one were there."""
         held, need = "", size
-        for chunk in chunks:
+        for chunk, ends in chunks:
             held += chunk
-            if len(held) <= need:
-                continue
-            i = self.last(held)
-            if i:
-                yield held[:i]
-            # no place found: look again when the text has doubled (at every chunk would be quadratic)
-            held, need = held[i:], size if i else 2 * len(held)
-        if held:
-            yield held
+            if ends:
+                yield held, True
+                held, need = "", size
+            elif len(held) > need:
+                i = self.last(held)
+                if i:
+                    yield held[:i], False
+                # no place found: look again when the text has doubled (at every chunk would be quadratic)
+                held, need = held[i:], size if i else 2 * len(held)
 
 
 def slices(sequence, size=BLOCK):
     return (sequence[i:i + size] for i in range(0, len(sequence), size))
+
+
+def document_chunks(documents):
+    """Documents in memory, as Cutter.pieces takes them."""
+    for document in documents:
+        for chunk in slices(document):
+            yield chunk, False
+        yield "", True
+
+
+def stream_chunks(blocks):
+    """A stream in which EOT stands between documents, as Cutter.pieces takes it."""
+    held = ""
+    for block in blocks:
+        *documents, held = (held + block).split(EOT)
+        for document in documents:
+            yield document, True
+        # the last len(EOT) - 1 characters may begin an EOT
+        yield held[:1 - len(EOT)], False
+        held = held[1 - len(EOT):]
+    if held:                                         # an EOT at the very end begins no document
+        yield held, True
+
+
+def open_binary(path):
+    return (gzip.open if str(path).endswith(".gz") else open)(path, "rb")
 
 
 def file_blocks(path, errors="strict", start=0, end=None):
@@ -348,24 +363,19 @@ def file_blocks(path, errors="strict", start=0, end=None):
     decode to the same bytes. ValueError: NUL bytes (no text file) or invalid UTF-8, with the offset;
     errors="replace" goes on."""
     decoder, at = codecs.getincrementaldecoder("utf-8")(errors), start
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as f:
+    with open_binary(path) as f:
         f.seek(start)
         while True:
-            try:
-                block = f.read(BLOCK if end is None else min(BLOCK, end - at))
-            except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-                raise ValueError(f"{path}: truncated or damaged .gz ({e})") from None
+            block = f.read(BLOCK if end is None else min(BLOCK, end - at))
             if b"\0" in block and errors == "strict":
                 raise ValueError(f"{path}: not a text file (NUL byte at offset {at + block.index(0)}); "
                                  f"--errors replace reads it all the same")
             pending = len(decoder.getstate()[0])     # bytes of a character that the block before began
             try:
-                text = decoder.decode(block, final=not block)
+                yield decoder.decode(block, final=not block)
             except UnicodeDecodeError as e:
                 raise ValueError(f"{path}: invalid UTF-8 at byte {at - pending + e.start} ({e.reason}); "
                                  f"--errors replace reads on with U+FFFD") from None
-            if text:
-                yield text
             if not block:
                 return
             at += len(block)
@@ -373,58 +383,35 @@ def file_blocks(path, errors="strict", start=0, end=None):
 
 def jsonl_documents(path, errors):
     """The field "text" of every line."""
-    held, number = "", 0
-    for block in itertools.chain(file_blocks(path, errors), ["\n"]):
-        *lines, held = (held + block).split("\n")
-        for line in lines:
-            number += 1
+    with open_binary(path) as f:
+        for number, line in enumerate(f, 1):
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)["text"]
-                if not isinstance(text, str):
-                    raise TypeError(f'"text" is {type(text).__name__}')
-            except (ValueError, KeyError, TypeError) as e:
+                text = json.loads(line.decode("utf-8", errors))["text"]
+                text.encode()                        # is it text, and without lone surrogates?
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
                 raise ValueError(f'{path}: line {number}: no JSON object with a text "text" ({e})') from None
             yield text
 
 
 def read_pieces(paths, errors="strict", cutter=None, start=0, end=None):
-    """(piece, whether it ends a document) of all files in turn. A file is one document, or several that EOT
-    ends; a .jsonl has one a line. A long document comes in several pieces if the cutter can cut it; so memory
-    does not grow with a file."""
+    """(piece, whether it ends a document) of all files in turn. A file is one document, or several with EOT
+    between them; a .jsonl has one a line. A long document comes in several pieces if the cutter can cut it;
+    so memory does not grow with a file."""
     for path in map(Path, paths):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; give --data a text file or a folder of them")
         if path.stat().st_size == 0:
             raise ValueError(f"{path}: is empty; give --data a file with text")
-        if ".jsonl" in path.suffixes[-2:]:
-            yield from document_pieces(jsonl_documents(path, errors), cutter)
-            continue
-        held, need = "", BLOCK
-        for block in file_blocks(path, errors, start, end):
-            held += block
-            # only the new end can hold an EOT: what was held before was split already
-            if len(held) < need and EOT not in held[max(0, len(held) - len(block) - len(EOT)):]:
-                continue
-            *documents, held = held.split(EOT)
-            yield from document_pieces(documents, cutter)
-            # the last len(EOT) - 1 characters may begin an EOT: no cut there; `need` as in Cutter.pieces
-            i = cutter.last(held[:1 - len(EOT)]) if cutter and len(held) >= BLOCK else 0
-            if i:
-                yield held[:i], False
-            held, need = held[i:], BLOCK if i or len(held) < BLOCK else 2 * len(held)
-        if held:
-            yield held, True
-
-
-def document_pieces(documents, cutter):
-    """(piece, whether it ends a document) of documents in memory; an empty document is one empty piece."""
-    for document in documents:
-        long = cutter and len(document) > PIECE
-        parts = deque(cutter.pieces(slices(document, PIECE), PIECE) if long else [document])
-        while parts:
-            yield parts.popleft(), not parts
+        if path.name.endswith((".jsonl", ".jsonl.gz")):
+            chunks = document_chunks(jsonl_documents(path, errors))
+        else:
+            chunks = stream_chunks(file_blocks(path, errors, start, end))
+        try:
+            yield from (cutter or Cutter(None)).pieces(chunks)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+            raise ValueError(f"{path}: truncated or damaged .gz ({e})") from None
 
 
 def read_documents(paths, errors="strict"):
@@ -452,12 +439,11 @@ class PreTokenizer:
         # of another pattern nothing is proven: a text is one unit
         self.known = pattern in PATTERNS.values()
         self.ascii = re.compile(ascii_twin(pattern), re.ASCII) if self.known else self.any
-        self.any_unit, self.ascii_unit = regex.compile(UNIT), re.compile(ascii_twin(UNIT))
 
     def units(self, text):
         if not self.known:
             return [text]
-        return (self.ascii_unit if text.isascii() else self.any_unit).findall(text)
+        return (ASCII_UNIT if text.isascii() else UNIT).findall(text)
 
     def pre_tokens(self, unit):
         found = (self.ascii if unit.isascii() else self.any).findall(unit)
@@ -484,6 +470,7 @@ def _start_worker(function, args):
     # Ctrl-C reaches the whole group; the parent ends its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.disable()                                     # millions of strings, and no cycles among them
     # errors travel with results; a worker that is ended has none to tell
     sys.stderr = open(os.devnull, "w")
     parent = multiprocessing.parent_process()
@@ -491,7 +478,6 @@ def _start_worker(function, args):
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-@no_gc()
 def _run_task(task):
     return _task_function(task)
 
@@ -536,13 +522,13 @@ def parallel_map(function, tasks, num_processes, *args):
         pool.shutdown(cancel_futures=True)
 
 
-def batches(pieces, size):
-    """Lists of pieces of about `size` characters: a task each."""
+def batches(pieces):
+    """Lists of pieces of about BATCH characters: a task each."""
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
         characters += len(piece[0])
-        if characters >= size:
+        if characters >= BATCH:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -554,7 +540,7 @@ def default_processes():
 
 
 class Progress:
-    """A line on stderr once a second (every ten into a file): done, rate, time left."""
+    """A line on stderr once a second (every ten into a file): done, rate, time left if the total is known."""
 
     def __init__(self, what, total=0, on=False, unit="MB", scale=1e6):
         self.what, self.total, self.on, self.unit, self.scale = what, total, on, unit, scale
@@ -574,6 +560,12 @@ class Progress:
     def close(self):
         if self.shown > self.start and self.end == "\r":
             print(file=sys.stderr)
+
+
+def total_bytes(paths):
+    """What a Progress over these files counts up to; 0, unknown, if one is packed or missing."""
+    known = all(p.is_file() and p.suffix != ".gz" for p in paths)
+    return sum(p.stat().st_size for p in paths) if known else 0
 
 
 def count_pre_tokens(pre_tokenizer, special_tokens, batch):
@@ -600,27 +592,19 @@ def train_bpe(input_path, vocab_size, special_tokens, *, pattern=GPT2_PATTERN, n
     empty or repeated; a file that is no UTF-8 text."""
     paths = as_paths(input_path)
     cutter = Cutter(CUT if pattern in PATTERNS.values() else None, special_tokens)
-    size = sum(p.stat().st_size for p in paths if p.is_file() and p.suffix != ".gz")
-    pieces = read_pieces(paths, errors, cutter)
-    progress = Progress("count", size, progress)
-    return train_pieces(pieces, vocab_size, special_tokens, pattern, num_processes, progress)
+    return train_pieces(read_pieces(paths, errors, cutter), vocab_size, special_tokens, pattern,
+                        num_processes, Progress("count", total_bytes(paths), progress))
 
 
 def train_pieces(pieces, vocab_size, special_tokens, pattern=GPT2_PATTERN, num_processes=None, progress=None):
     """train_bpe on (piece, ends a document) from anywhere."""
-    special_tokens, progress = list(special_tokens), progress or Progress("count")
-    repeated = [s for s, n in Counter(special_tokens).items() if n > 1]
-    if repeated:
-        raise ValueError(f"special token {repeated[0]!r} is repeated; give each once")
-    if "" in special_tokens:
-        raise ValueError("a special token is empty; give it at least one character")
+    check_special(special_tokens)
     smallest = 256 + len(special_tokens)
     if vocab_size < smallest:
         raise ValueError(f"vocab_size={vocab_size} is below 256 bytes + {len(special_tokens)} special tokens "
                          f"= {smallest}: try --vocab_size {max(512, smallest)}")
-    counts, done = Counter(), 0
-    num_processes = num_processes or default_processes()
-    for part, size in parallel_map(count_pre_tokens, batches(pieces, 2 * BLOCK), num_processes,
+    counts, done, progress = Counter(), 0, progress or Progress("count")
+    for part, size in parallel_map(count_pre_tokens, batches(pieces), num_processes or default_processes(),
                                    PreTokenizer(pattern), special_tokens):
         counts.update(part)
         done += size
@@ -630,9 +614,17 @@ def train_pieces(pieces, vocab_size, special_tokens, pattern=GPT2_PATTERN, num_p
     return make_vocab(merges, special_tokens), merges
 
 
+def check_special(special_tokens):
+    for name, n in Counter(special_tokens).items():
+        if n > 1 or not name.encode():               # encode: a lone surrogate is a ValueError, too
+            raise ValueError(f"special token {name!r} is {'repeated' if name else 'empty'}; give each once, "
+                             f"with at least one character")
+
+
 # --- 6. the BPE tokenizer -------------------------------------------------------------------------
 
-NO_MERGE = np.int64(1 << 62)                         # the rank of a pair that no merge joins
+NO_MERGE = 1 << 62                                   # the rank of a pair that no merge joins
+MAX_IDS = 1 << 24                                    # tables below have a row an id; production models: 2^18
 
 
 class BPETokenizer:
@@ -650,24 +642,32 @@ class BPETokenizer:
         self.vocab, self.merges, self.pattern = dict(vocab), [tuple(m) for m in merges], pattern
         self.normalizer, self.ignore_merges = normalizer, ignore_merges
         self.ordinary_added = frozenset(ordinary_added)
-        names = list(special_tokens or ())
-        if "" in names or len(set(names)) < len(names):
-            raise ValueError(f"special tokens {names}: one is empty or repeated; give each once")
-        self.special_tokens = dict(special_tokens) if isinstance(special_tokens, dict) else {}
-        # of two equal tokens the later is the special one
-        known = {token: i for i, token in sorted(self.vocab.items())}
-        for name in names:
-            if name not in self.special_tokens:
-                self.special_tokens[name] = known.get(name.encode(), max(self.vocab, default=-1) + 1)
-            self.vocab.setdefault(self.special_tokens[name], name.encode())
+        self._add_special(special_tokens or ())
+        bad = [i for i in self.vocab if not (isinstance(i, int) and 0 <= i < MAX_IDS)]
+        if bad or not self.vocab:
+            raise ValueError(f"vocab has the ids {bad[:3]}: ids are whole numbers from 0 to {MAX_IDS - 1}")
         self.vocab_size = max(self.vocab) + 1        # ids may have gaps
         self.eot_id = self.special_tokens.get(EOT)
         self._pre_tokenizer = PreTokenizer(pattern)
         cut = CUT_NFC if normalizer else CUT
-        self._cut = cut if self._pre_tokenizer.known else None
-        self._cache, self._cached = {}, 0            # unit -> packed ids; characters in it
+        self.cut = cut if self._pre_tokenizer.known else None             # where text may be cut: see Cutter
+        self._cache, self._words = {}, {}            # unit -> packed ids, pre-token -> packed ids
+        self._cached = 0                             # characters of the units
         self._index_tokens()
         self._index_merges()
+
+    def _add_special(self, given):
+        """given: names, or a dict name -> id."""
+        check_special(list(given))
+        self.special_tokens = {}
+        # of two equal tokens the later is the special one
+        known = {token: i for i, token in sorted(self.vocab.items())}
+        new = max(self.vocab, default=-1) + 1
+        for name in given:
+            i = given[name] if isinstance(given, dict) else known.get(name.encode(), new)
+            if self.vocab.setdefault(i, name.encode()) != name.encode():
+                raise ValueError(f"special token {name!r} has id {i}, which is {self.vocab[i]!r}")
+            self.special_tokens[name], new = i, max(new, i + 1)
 
     def _index_tokens(self):
         """bytes -> id of ordinary tokens, and all tokens' bytes in one array for decoding."""
@@ -676,68 +676,71 @@ class BPETokenizer:
         # Of ids with the same bytes a dict keeps the last: an ordinary one, and of those the smallest.
         last_wins = sorted(self.vocab, key=lambda i: (i not in special, -i))
         self.ids = {self.vocab[i]: i for i in last_wins if i not in special or self.vocab[i] in ordinary}
-        self._byte_id = np.array([self.ids.get(bytes([b]), -1) for b in range(256)], np.int64)
+        self._byte_id = [self.ids.get(bytes([b]), -1) for b in range(256)]
         table = [self.vocab.get(i, b"") for i in range(self.vocab_size)]
         self._bytes, self._size = np.frombuffer(b"".join(table), np.uint8), np.array([len(t) for t in table])
         self._start = np.cumsum(self._size) - self._size
 
     def _index_merges(self):
-        """A pair (a, b) is the number a * vocab_size + b; sorted, so that one binary search finds many pairs'
-        ranks."""
-        used, made, ranks = {}, {}, {}
+        """A pair (a, b) is the number a * vocab_size + b. Its rank stands in a dict, and in arrays sorted by
+        pair, where one binary search finds many."""
+        used, made, self._ranks = {}, {}, {}
         for rank, (a, b) in enumerate(self.merges):
             if not {a, b, a + b} <= self.ids.keys():
                 raise ValueError(f"vocab lacks a part of merge {rank}, {a!r} + {b!r}")
             used.setdefault(a, rank)
             used.setdefault(b, rank)
             made[a + b] = rank
-            ranks.setdefault(self.ids[a] * self.vocab_size + self.ids[b], rank)
-        # A token must be made before any merge uses it. Then a merge never gives rise to a pair of lower rank,
-        # and _merge may take all places of a pair in one round.
+            self._ranks.setdefault(self.ids[a] * self.vocab_size + self.ids[b], rank)
+        # A token must be made before any merge uses it. Then a merge never gives rise to a pair of lower
+        # rank, and _merge may take all places of a pair in one round.
         for token, rank in used.items():
             if made.get(token, -1) >= rank:
                 raise ValueError(f"merge {rank} uses {token!r}, which merge {made[token]} makes only later")
         # a last pair above all others: searchsorted never points past the end
-        pair, rank = np.array([*ranks, NO_MERGE]), np.array([*ranks.values(), NO_MERGE])
+        pair, rank = np.array([*self._ranks, NO_MERGE]), np.array([*self._ranks.values(), NO_MERGE])
         order = np.argsort(pair)
         self._pair, self._rank = pair[order], rank[order]
-        self._made = np.array([self.ids[a + b] for a, b in self.merges], np.int64)         # rank -> id
+        self._made = [self.ids[a + b] for a, b in self.merges]            # rank -> id
+        self._made_array = np.array(self._made, np.int64)
 
     def encode(self, text, allowed_special="all"):
         """The ids of text. allowed_special: "all", or those special tokens that count; () for text from
         users, who then cannot type a control token. No beginning-of-text is added. ValueError: lone
         surrogates, unknown special tokens."""
-        return self.encode_array(text, allowed_special).tolist()
-
-    def encode_array(self, text, allowed_special="all"):
-        """encode, as an array of uint32."""
         specials = self._allowed(allowed_special)
-        parts = split_special(text, specials)
-        parts[::2] = self.encode_texts(parts[::2])
-        parts[1::2] = [np.uint32(specials[name]).tobytes() for name in parts[1::2]]
-        return np.frombuffer(b"".join(parts), np.uint32)
+        # what encoding needs besides the ids does not grow with the text: it goes in batches
+        pieces = Cutter(self.cut, specials).pieces(document_chunks([text]))
+        packed = [self._pack(batch, specials) for batch in batches(pieces)]
+        return np.frombuffer(b"".join(packed), np.uint32).tolist()
+
+    def encode_iterable(self, chunks, allowed_special="all"):
+        """The ids of "".join(chunks), lazily, however the text is cut: through a special token, a word, white
+        space. Only the text since the last safe place is held back, so memory is bounded by the longest
+        stretch without one."""
+        specials = self._allowed(allowed_special)
+        parts = ((part, False) for chunk in chunks for part in slices(chunk))
+        for piece in Cutter(self.cut, specials).pieces(itertools.chain(parts, [("", True)]), size=0):
+            yield from np.frombuffer(self._pack([piece], specials), np.uint32).tolist()
 
     def _allowed(self, allowed_special):
-        if isinstance(allowed_special, str) and allowed_special == "all":
-            return self.special_tokens
-        unknown = set(allowed_special) - set(self.special_tokens)
+        """{name: packed id} of the special tokens that count."""
+        names = self.special_tokens if allowed_special == "all" else allowed_special
+        unknown = set(names) - set(self.special_tokens)
         if unknown:
             raise ValueError(f"allowed_special {sorted(unknown)} are not among the special tokens "
                              f"{list(self.special_tokens)}")
-        return {name: self.special_tokens[name] for name in allowed_special}
+        return {name: np.uint32(self.special_tokens[name]).tobytes() for name in names}
+
+    def _pack(self, pieces, specials):
+        """The ids of one text's pieces as uint32 in bytes."""
+        splits = [split_special(text, specials) for text, _ in pieces]
+        ordinary = iter(self.encode_texts([part for parts in splits for part in parts[::2]]))
+        return b"".join([specials[part] if i % 2 else next(ordinary)
+                         for parts in splits for i, part in enumerate(parts)])
 
     def encode_texts(self, texts):
-        """The ids of each ordinary text, packed as uint32 (bytes). Many at once cost less than one by one."""
-        done, ids = [], []
-        for batch in batches(document_pieces(texts, Cutter(self._cut)), BLOCK):
-            for (_, last), packed in zip(batch, self._encode_batch([text for text, _ in batch])):
-                ids.append(packed)
-                if last:
-                    done.append(b"".join(ids))
-                    ids = []
-        return done
-
-    def _encode_batch(self, texts):
+        """The ids of each ordinary text, as uint32 in bytes. Many at once cost less than one by one."""
         for text in texts:
             try:
                 text.encode()
@@ -751,20 +754,20 @@ class BPETokenizer:
         cache = self._learn(set(itertools.chain.from_iterable(units)))
         return [b"".join(map(cache.__getitem__, units_of_text)) for units_of_text in units]
 
-    @no_gc()
     def _learn(self, units):
-        """The cache with these units in it. Only new ones cost anything; all their merges are made together."""
-        cache, new = self._cache, units.difference(self._cache)
+        """The cache with these units in it. Only new ones cost anything; new words are merged together."""
+        cache, ids = self._cache, self._words
+        new = units.difference(cache)
         self._cached += sum(map(len, new))
-        # begin again; another thread may still read the old dictionary
+        # begin again; another thread may still read the old dictionaries
         if self._cached > self.CACHE:
-            self._cache = cache = {}
+            self._cache, self._words = cache, ids = {}, {}
             new, self._cached = units, sum(map(len, units))
         split = {unit: self._pre_tokenizer.pre_tokens(unit) for unit in new}
         if not self._pre_tokenizer.known and any("".join(p) != unit for unit, p in split.items()):
             raise ValueError(f"pattern {self.pattern!r} leaves out part of the text, which would be lost")
-        words = list(set(itertools.chain.from_iterable(split.values())))
-        ids = dict(zip(words, self._merge([word.encode() for word in words])))
+        words = list(set(itertools.chain.from_iterable(split.values())).difference(ids))
+        ids |= zip(words, self._merge([word.encode() for word in words]))
         if self.ignore_merges:
             ids |= {w: np.uint32(self.ids[w.encode()]).tobytes() for w in words if w.encode() in self.ids}
         for unit, pre_tokens in split.items():
@@ -772,47 +775,58 @@ class BPETokenizer:
         return cache
 
     def _merge(self, words):
-        """Pre-tokens (bytes) -> packed ids. All of them lie in one array, and in every round each word merges
-        its pair of lowest rank, wherever it stands; a word without such a pair leaves the array. At most as
-        many rounds as the word that needs most merges."""
+        """Pre-tokens (bytes) -> packed ids."""
+        lacking = {b for b in set(b"".join(words)) if self._byte_id[b] < 0}
+        if lacking:
+            raise ValueError(f"vocab lacks the byte {min(lacking):#04x} of the text")
+        # arrays pay from some hundred words on; one by one takes time quadratic in the word's length
+        if sum(map(len, words)) < 2048:
+            return [self._merge_one(word) for word in words]
+        return self._merge_many(words)
+
+    def _merge_one(self, word):
+        """The pair of lowest rank becomes one id, again and again, until no merge joins any pair."""
+        V, rank_of = self.vocab_size, self._ranks.get
+        ids = [self._byte_id[b] for b in word]
+        ranks = [rank_of(a * V + b, NO_MERGE) for a, b in zip(ids, ids[1:])]
+        while (best := min(ranks, default=NO_MERGE)) < NO_MERGE:
+            i = ranks.index(best)
+            ids[i:i + 2] = [self._made[best]]
+            del ranks[i]
+            # the new id's pairs, to the left and to the right
+            for j in range(max(0, i - 1), min(i + 1, len(ranks))):
+                ranks[j] = rank_of(ids[j] * V + ids[j + 1], NO_MERGE)
+        return array("I", ids).tobytes()
+
+    def _merge_many(self, words):
+        """The same in arrays: all words lie in one, and in every round each word merges its pair of lowest
+        rank, wherever it stands; a word without such a pair leaves. At most as many rounds as the word that
+        needs most merges."""
         out = [b""] * len(words)
         size = np.fromiter(map(len, words), np.int64, len(words))         # symbols left in each word
-        ids = self._byte_id[np.frombuffer(b"".join(words), np.uint8)]
-        if (ids < 0).any():
-            raise ValueError(f"vocab lacks the byte {b''.join(words)[np.argmin(ids)]:#04x} of the text")
+        ids = np.array(self._byte_id)[np.frombuffer(b"".join(words), np.uint8)]
         origin = np.arange(len(words))               # of each word still in the array: its index in words
         while len(origin):
             start = np.cumsum(size) - size
             # rank[i] is that of the pair at i, i + 1; the last symbol of all has none, hence the append
             pair = ids[:-1] * self.vocab_size + ids[1:]
-            found = np.searchsorted(self._pair, pair)
+            found = self._pair.searchsorted(pair)
             rank = np.append(np.where(self._pair[found] == pair, self._rank[found], NO_MERGE), NO_MERGE)
             # the last symbol of a word and the first of the next are no pair
             rank[start[1:] - 1] = NO_MERGE
             best = np.minimum.reduceat(rank, start)
             done = best == NO_MERGE
-            if done.any():
-                for w, i, n in zip(origin[done].tolist(), start[done].tolist(), size[done].tolist()):
-                    out[w] = ids[i:i + n].astype(np.uint32).tobytes()
-                go_on = np.repeat(~done, size)
-                ids, rank, best = ids[go_on], rank[go_on], best[~done]
-                origin, size = origin[~done], size[~done]
-            word = np.repeat(np.arange(len(origin)), size)                # of each symbol: its word
-            at = np.flatnonzero(rank == best[word])
-            if len(at):
-                at = every_second(at, 1)             # of "aaa" the first two
-                ids[at] = self._made[rank[at]]
-                ids = np.delete(ids, at + 1)
-                size -= np.bincount(word[at], minlength=len(origin))
+            packed = ids.astype(np.uint32).tobytes() if done.any() else b""
+            for w, i, n in zip(origin[done].tolist(), start[done].tolist(), size[done].tolist()):
+                out[w] = packed[4 * i:4 * (i + n)]
+            keep = np.repeat(~done, size)            # symbols that go on to the next round
+            # where a pair of lowest rank stands; of "aaa" the first two
+            at = every_second(np.flatnonzero(keep & (rank == np.repeat(best, size))), 1)
+            ids[at] = self._made_array[rank[at]]
+            keep[at + 1] = False
+            size = np.add.reduceat(keep, start, dtype=np.int64)[~done]
+            ids, origin = ids[keep], origin[~done]
         return out
-
-    def encode_iterable(self, chunks, allowed_special="all"):
-        """The ids of "".join(chunks), lazily, however the text is cut: through a special token, a word, white
-        space. Only the text since the last safe place is held back, so memory is bounded by the longest
-        stretch without one."""
-        cutter = Cutter(self._cut, self._allowed(allowed_special))
-        for piece in cutter.pieces(part for chunk in chunks for part in slices(chunk)):
-            yield from self.encode(piece, allowed_special)
 
     def decode_bytes(self, ids):
         """The bytes of a list or, faster, an array of ids. ValueError: an id outside 0 .. vocab_size - 1."""
@@ -857,12 +871,10 @@ class BPETokenizer:
             raise FileNotFoundError(f"{path}: no such file; python bpe.py train --data FILE --out DIR")
         try:
             return cls(**parse_tokenizer(json.loads(path.read_bytes())))
-        except json.JSONDecodeError as e:
-            raise ValueError(f"{path}: truncated, or no tokenizer.json ({e})") from None
+        except (json.JSONDecodeError, LookupError, TypeError, AttributeError, RecursionError) as e:
+            raise ValueError(f"{path}: truncated, or not built like a tokenizer.json ({e!r})") from None
         except ValueError as e:
             raise ValueError(f"{path}: {e}") from None
-        except (KeyError, TypeError, AttributeError, IndexError) as e:
-            raise ValueError(f"{path}: not built like a tokenizer.json ({e!r})") from None
 
     @classmethod
     def from_gpt2(cls, vocab_json_path, merges_txt_path, special_tokens=(EOT,)):
@@ -879,16 +891,14 @@ class BPETokenizer:
         return cls(vocab, merges, list(special_tokens))
 
 
+load_tokenizer = BPETokenizer.load                   # the tokenizer of a tokenizer.json, of bytes or of BPE
+
+
 class ByteTokenizer(BPETokenizer):
     """id = byte, 256 = EOT: BPE without a single merge. Never an unknown word, and exactly 1 byte an id."""
 
     def __init__(self):
         super().__init__(make_vocab([], [EOT]), [], [EOT])
-
-
-def load_tokenizer(path):
-    """The tokenizer of a tokenizer.json, of bytes or of BPE."""
-    return BPETokenizer.load(path)
 
 
 # --- 7. tokenizer.json ----------------------------------------------------------------------------
@@ -957,6 +967,8 @@ def parse_tokenizer(data):
     special = {token["content"]: token["id"] for token in added}
     vocab = {i: name.encode() if special.get(name) == i else from_printable(name)
              for name, i in model["vocab"].items()}
+    if len(vocab) < len(model["vocab"]):
+        raise ValueError("two tokens of model.vocab have the same id")
     merges = [tuple(map(from_printable, m.split(" ") if isinstance(m, str) else m)) for m in model["merges"]]
     return dict(vocab=vocab, merges=merges, special_tokens=special,
                 pattern=parse_pattern(data.get("pre_tokenizer")), normalizer=normalizer,
@@ -981,6 +993,9 @@ def parse_pattern(pre):
 
 # --- 8. token files: ids little endian, one after the other, in .bin; what they are in .json ------
 
+REMAKE = "make it: python bpe.py encode --tokenizer tokenizer.json --data FILE --out"
+
+
 def write_atomic(path, data):
     """Writes bytes, or what data(file) writes, to path.part, then renames: a crash leaves the old file."""
     path = Path(path)
@@ -1002,15 +1017,6 @@ def write_atomic(path, data):
             part.unlink()
 
 
-def encode_task(tok, dtype, batch):
-    """One worker's task: (packed ids with EOT after every document, bytes of text, documents)."""
-    end = np.uint32(tok.eot_id).tobytes()
-    texts, lasts = zip(*batch)
-    ids = b"".join([packed + end if last else packed for packed, last in zip(tok.encode_texts(texts), lasts)])
-    size = sum(len(text.encode()) for text in texts)
-    return np.frombuffer(ids, np.uint32).astype(dtype).tobytes(), size, sum(lasts)
-
-
 def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, progress=False,
                  errors="strict"):
     """Writes the ids of all documents with EOT after each; returns what is in the .json: dtype, tokens, bytes
@@ -1021,30 +1027,37 @@ def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, pr
     same for all num_processes."""
     single = isinstance(paths_or_documents, (str, os.PathLike))
     given = [Path(paths_or_documents)] if single else paths_or_documents
-    known = given if isinstance(given, list) else []                      # a generator can be read only once
-    total = sum(Path(item).stat().st_size for item in known if is_file(item))
-    cutter = Cutter(tokenizer._cut)
+    paths = [Path(item) for item in given if is_path(item)] if isinstance(given, list) else []
+    for made in (Path(out_path), Path(out_path).with_suffix(".json")):
+        if made.resolve() in [path.resolve() for path in paths]:
+            raise ValueError(f"{made} is a file to read and would be written over; give another --out")
+    cutter = Cutter(tokenizer.cut)
     pieces = itertools.chain.from_iterable(
-        read_pieces([item], errors, cutter) if isinstance(item, os.PathLike) or is_file(item)
-        else document_pieces([item], cutter) for item in given)
-    return encode_pieces(tokenizer, pieces, out_path, num_processes, Progress("encode", total, progress))
+        read_pieces([item], errors, cutter) if is_path(item) else cutter.pieces(document_chunks([item]))
+        for item in given)
+    return encode_pieces(tokenizer, pieces, out_path, num_processes,
+                         Progress("encode", total_bytes(paths), progress))
 
 
-def is_file(item):
+def is_path(item):
     return isinstance(item, os.PathLike) or len(item) < 4096 and "\0" not in item and os.path.isfile(item)
 
 
 def encode_pieces(tok, pieces, out_path, num_processes=None, progress=None, **more):
     """encode_files on (piece, ends a document) from anywhere; more: further fields of the .json."""
+    path, progress = Path(out_path), progress or Progress("encode")
+    # 2 bytes an id as long as they suffice: the Pile at 3.5 bytes per token is 470 GB of uint16
+    dtype = np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
     if tok.eot_id is None:
         raise ValueError(f"the tokenizer has no {EOT!r}, which ends every document of a token file; it has "
                          f"{list(tok.special_tokens)}")
-    path, dtype, progress = Path(out_path), token_dtype(tok.vocab_size), progress or Progress("encode")
+    if path.suffix == ".json":
+        raise ValueError(f"{path}: is the name of the record beside the ids; give --out a name in .bin")
     info = {"dtype": dtype.name, "tokens": 0, "bytes": 0, "documents": 0, "vocab_size": tok.vocab_size,
             "tokenizer": tok.hash(), **more}
 
     def write(f):
-        for ids, size, documents in parallel_map(encode_task, batches(pieces, 4 * BLOCK),
+        for ids, size, documents in parallel_map(encode_task, batches(pieces),
                                                  num_processes or default_processes(), tok, dtype):
             f.write(ids)
             info["tokens"] += len(ids) // dtype.itemsize
@@ -1053,7 +1066,7 @@ def encode_pieces(tok, pieces, out_path, num_processes=None, progress=None, **mo
             progress(info["bytes"])
         progress.close()
         if not info["documents"]:
-            raise ValueError(f"no documents to write to {path}")
+            raise ValueError(f"{path}: no documents for it; give more text, or --val FILE")
 
     write_atomic(path, write)
     # last: a .bin without its .json is not used
@@ -1061,57 +1074,63 @@ def encode_pieces(tok, pieces, out_path, num_processes=None, progress=None, **mo
     return info
 
 
+def encode_task(tok, dtype, batch):
+    """One worker's task: (packed ids with EOT after every document, bytes of text, documents)."""
+    end = np.uint32(tok.eot_id).tobytes()
+    texts, lasts = zip(*batch)
+    ids = b"".join([packed + end if last else packed for packed, last in zip(tok.encode_texts(texts), lasts)])
+    size = sum(len(text.encode()) for text in texts)
+    return np.frombuffer(ids, np.uint32).astype(dtype).tobytes(), size, sum(lasts)
+
+
+def summary(path, info):
+    return (f"{path}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
+            f"{info['bytes'] / info['tokens']:.2f} bytes per token")
+
+
 def token_info(path):
     """What the .json of a token file says."""
-    path = Path(path).with_suffix(".json")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {remake(path)}")
+    path = Path(path)
+    record = path.with_suffix(".json")
     try:
-        info = json.loads(path.read_bytes())
-        if info["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"dtype {info['dtype']!r} is neither uint16 nor uint32")
-        for key, kind in (("tokens", int), ("vocab_size", int), ("tokenizer", str)):
-            if not isinstance(info[key], kind):
-                raise TypeError(f"{key} {info[key]!r}")
+        info = json.loads(record.read_bytes())
+        if not (info["dtype"] in ("uint16", "uint32") and isinstance(info["tokenizer"], str)
+                and isinstance(info["tokens"], int) and isinstance(info["vocab_size"], int)):
+            raise ValueError(info)
         return info
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path}: damaged ({e}); {remake(path)}") from None
-
-
-def remake(path):
-    path = Path(path).with_suffix(".bin")
-    return f"make it: python bpe.py encode --tokenizer tokenizer.json --data FILE --out {path}"
+    except (OSError, ValueError, LookupError, TypeError) as e:
+        raise ValueError(f"{record}: missing or damaged ({e}); {REMAKE} {path}") from None
 
 
 def load_tokens(path, tokenizer=None):
     """The ids of a token file as np.memmap. ValueError, with both values: size, vocabulary or tokenizer do
     not match."""
     path, info = Path(path), token_info(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; {remake(path)}")
-    dtype, size = np.dtype(info["dtype"]).newbyteorder("<"), path.stat().st_size
-    if size != info["tokens"] * dtype.itemsize:
-        raise ValueError(f"{path}: {size} bytes, but {info['tokens']} tokens of {info['dtype']}, as its "
-                         f".json says, are {info['tokens'] * dtype.itemsize} bytes; {remake(path)}")
+    dtype = np.dtype(info["dtype"]).newbyteorder("<")
+    size = path.stat().st_size if path.is_file() else "no file"
+    tokens = info["tokens"]
+    checks = [(f"{tokens} tokens of {info['dtype']} in bytes:", size, tokens * dtype.itemsize)]
     if tokenizer is not None:
-        for what, has, needs in [("vocabulary of", info["vocab_size"], tokenizer.vocab_size),
-                                 ("tokenizer", info["tokenizer"], tokenizer.hash())]:
-            if has != needs:
-                raise ValueError(f"{path}: made with {what} {has}, this tokenizer is {needs}; {remake(path)}")
+        checks += [("made with a vocabulary of", info["vocab_size"], tokenizer.vocab_size),
+                   ("made with tokenizer", info["tokenizer"], tokenizer.hash())]
+    for what, has, needs in checks:
+        if has != needs:
+            raise ValueError(f"{path}: {what} {has}, should be {needs}; {REMAKE} {path}")
     return np.memmap(path, dtype, "r")
 
 
 # --- 9. corpora -----------------------------------------------------------------------------------
 
-def corpus_root():
-    return Path(os.__file__).resolve().parent
+STDLIB = Path(os.__file__).resolve().parent
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".csv", ".jsonl", ".txt.gz", ".jsonl.gz")
+HELD_OUT = False, b"\xff" * 32                       # the greatest split_key of the 5%
 
 
 def corpus_files():
     """The embedded corpus: the standard library's *.py, without tests and installed packages."""
     leave_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     files = []
-    for folder, folders, names in os.walk(corpus_root()):
+    for folder, folders, names in os.walk(STDLIB):
         folders[:] = [name for name in folders if name not in leave_out]
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     return [path for path in sorted(files) if is_text(path)]
@@ -1125,79 +1144,71 @@ def is_text(path):
         return False
 
 
-def is_held_out(name):
-    """True for 5% of all names or texts, the same on every machine, whatever else the corpus holds."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 100 < 5
-
-
-def split_files(files, root=None):
-    """(train, val): 5% of the files by a hash of the path below root (the standard library)."""
-    root = root or corpus_root()
-    names = {f: f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name
-             for f in map(Path, files)}
-    val = [f for f, name in names.items() if is_held_out(name)]
-    if not val and len(names) > 1:                   # none fell into the 5%: the smallest hash
-        val = [min(names, key=lambda f: hashlib.sha256(names[f].encode()).digest())]
-    held = set(val)
-    return [f for f in names if f not in held], val
-
-
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".csv", ".jsonl", ".txt.gz", ".jsonl.gz")
-
-
 def text_files(data):
     """The files of a path, or of a list of paths; of a folder, all text files below it."""
     files = []
     for path in as_paths(data):
-        if path.is_dir():
-            found = [p for p in sorted(path.rglob("*"))
-                     if p.name.endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
-            if not found:
-                raise ValueError(f"{path}: no text files in this folder ({' '.join(TEXT_SUFFIXES)})")
-            files += found
-        elif path.exists():
-            files.append(path)
-        else:
+        if not path.exists():
             raise FileNotFoundError(f"{path}: no such file or folder; give --data a text file or a folder")
+        found = [path] if not path.is_dir() else [
+            p for p in sorted(path.rglob("*"))
+            if p.name.endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
+        if not found:
+            raise ValueError(f"{path}: no text files in this folder ({' '.join(TEXT_SUFFIXES)})")
+        files += found
     return files
 
 
+def split_key(name):
+    """A hash as a sort key, the same on every machine: the 5% of all names or texts that are held out come
+    first, whatever else the corpus holds."""
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest, "big") % 100 >= 5, digest
+
+
+def split_files(files, root=STDLIB):
+    """(train, val): 5% of the files, but at least one of several, by a hash of the path below root."""
+    files = list(dict.fromkeys(map(Path, files)))
+    keys = [split_key(f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name) for f in files]
+    last = max(HELD_OUT, min(keys)) if len(keys) > 1 else HELD_OUT
+    return [f for f, key in zip(files, keys) if key > last], [f for f, key in zip(files, keys) if key <= last]
+
+
 def split_sources(data, val, errors):
-    """(files, train, val): all files, and two functions cutter -> pieces."""
+    """(files, train, val): all files, and two functions cutter -> pieces. Held out are the files of val, else
+    5% of the files; of a single file 5% of its documents; of a single document its end."""
     files = corpus_files() if data is None else text_files(data)
     if val or len(files) > 1:
-        root = None if data is None or len(as_paths(data)) > 1 else as_paths(data)[0]
+        root = STDLIB if data is None or len(as_paths(data)) > 1 else as_paths(data)[0]
         train, held = (files, text_files(val)) if val else split_files(files, root)
         used = files + (held if val else [])
         return used, *(functools.partial(read_pieces, part, errors) for part in (train, held))
     path = files[0]
-    ends = (last for _, last in read_pieces([path], errors, Cutter(CUT, [EOT])) if last)
+    ends = (last for _, last in read_pieces(files, errors, Cutter(CUT)) if last)
     if len(list(itertools.islice(ends, 2))) > 1:
-        # if no document falls into the 5%, the one with the smallest hash is held out
-        nearest = min(read_documents(path, errors),
-                      key=lambda d: (not is_held_out(d), hashlib.sha256(d.encode()).digest()))
+        last = max(HELD_OUT, min(map(split_key, read_documents(path, errors))))
 
-        def part(keep, cutter):
-            chosen = (d for d in read_documents(path, errors) if (is_held_out(d) or d == nearest) == keep)
-            return document_pieces(chosen, cutter)
+        def part(held, cutter):
+            chosen = (d for d in read_documents(path, errors) if (split_key(d) <= last) == held)
+            return cutter.pieces(document_chunks(chosen))
         return files, functools.partial(part, False), functools.partial(part, True)
-    if path.suffix == ".gz" or path.suffix == ".jsonl":
+    if path.suffix in (".gz", ".jsonl"):
         raise ValueError(f"{path}: holds a single document; give the validation text with --val FILE")
-    at = last_twentieth(path)
-    return files, (lambda cutter: read_pieces([path], errors, cutter, 0, at)), \
-        (lambda cutter: read_pieces([path], errors, cutter, at))
+    part, at = functools.partial(read_pieces, files, errors), last_twentieth(path)
+    return files, functools.partial(part, end=at), functools.partial(part, start=at)
 
 
 def last_twentieth(path):
     """The byte where a file's last 5% begin: after a line end, else at a blank, else at a character."""
     size = path.stat().st_size
+    begin = size - max(1, size // 20)
     with open(path, "rb") as f:
-        f.seek(size - max(1, size // 20))
-        tail = f.read()
+        f.seek(begin)
+        tail = f.read(BLOCK)
     for edge in (rb"\n(?=.)", rb"(?= .)", rb"(?=[\x00-\x7f\xc0-\xff])"):
         match = re.search(edge, tail, re.S)
-        if match and size - len(tail) + match.end() > 0:
-            return size - len(tail) + match.end()
+        if match and begin + match.end() > 0:
+            return begin + match.end()
     raise ValueError(f"{path}: {size} bytes are too few to hold some out; give --val FILE")
 
 
@@ -1206,47 +1217,34 @@ def prepare(out, data=None, val=None, vocab_size=4096, num_processes=None, error
     """Text -> out/tokenizer.json, out/train.bin, out/val.bin; if they are there from the same inputs, they
     are used again.
 
-    data: None (the standard library), or a path or list of paths. val: the same, or None: then 5% of the
-    files, of a single file 5% of its documents, of a single document its last 5%. tokenizer: the path of one
-    to use instead of training it (on the training part only). Returns {"tokenizer", "train" (path), "val"
-    (path), "reused" (bool)}."""
-    out, begin, progress = Path(out), time.monotonic(), sys.stderr.isatty()
+    data: None (the standard library), or a path or list of paths. val: the same, or None: then a part of data
+    is held out (see split_sources). tokenizer: the path of one to use instead of training it (on the training
+    part only). Returns {"tokenizer", "train" (path), "val" (path), "reused" (bool)}."""
+    out, begin, show = Path(out), time.monotonic(), sys.stderr.isatty()
     files, train, held = split_sources(data, val, errors)
-    given = load_tokenizer(tokenizer) if tokenizer else None
+    tok = load_tokenizer(tokenizer) if tokenizer else None
     state = [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
-    state += [given.hash() if given else vocab_size, GPT2_PATTERN, errors]
+    state += [tok.hash() if tok else vocab_size, GPT2_PATTERN, errors]
     state += [[str(p) for p in as_paths(source)] if source else None for source in (data, val)]
     inputs = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    result = {"train": out / "train.bin", "val": out / "val.bin", "reused": True}
+    result = {"train": out / "train.bin", "val": out / "val.bin"}
     with contextlib.suppress(OSError, ValueError):   # missing or damaged files are made again
-        tok = load_tokenizer(out / "tokenizer.json")
-        if all(load_tokens(path, tok).size and token_info(path).get("inputs") == inputs
-               for path in (result["train"], result["val"])):
+        old = load_tokenizer(out / "tokenizer.json")
+        if all(load_tokens(path, old).size and token_info(path).get("inputs") == inputs
+               for path in result.values()):
             log(f"{out}: reusing tokenizer.json, train.bin and val.bin, made from the same inputs")
-            return {"tokenizer": tok, **result}
-    if given is None:
-        pieces = train(Cutter(CUT, [EOT]))
-        vocab, merges = train_pieces(pieces, vocab_size, [EOT], GPT2_PATTERN, num_processes,
-                                     Progress("count", 0, progress))
-        tok = BPETokenizer(vocab, merges, [EOT])
+            return {"tokenizer": old, **result, "reused": True}
+    if tok is None:
+        trained = train_pieces(train(cutter=Cutter(CUT, [EOT])), vocab_size, [EOT],
+                               num_processes=num_processes, progress=Progress("count", 0, show))
+        tok = BPETokenizer(*trained, [EOT])
         log(f"{out}/tokenizer.json: {tok.vocab_size:,} tokens trained in {time.monotonic() - begin:.1f} s")
-    else:
-        tok = given
     tok.save(out / "tokenizer.json")
-    for name, source in (("train", train), ("val", held)):
-        info = encode_pieces(tok, source(Cutter(tok._cut)), result[name], num_processes,
-                             Progress("encode", 0, progress), inputs=inputs)
-        log(f"{result[name]}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
-            f"{info['bytes'] / info['tokens']:.2f} bytes per token")
+    for path, pieces in zip(result.values(), (train, held)):
+        info = encode_pieces(tok, pieces(cutter=Cutter(tok.cut)), path, num_processes,
+                             Progress("encode", 0, show), inputs=inputs)
+        log(summary(path, info))
     return {"tokenizer": tok, **result, "reused": False}
-
-
-def held_out_bytes(out):
-    """The validation documents that prepare(out) wrote, joined by nothing: what gzip, bz2 and xz are measured
-    on."""
-    tok = load_tokenizer(Path(out, "tokenizer.json"))
-    ids = np.asarray(load_tokens(Path(out, "val.bin"), tok))
-    return tok.decode_bytes(ids[ids != tok.eot_id])
 
 
 GITHUB = "https://raw.githubusercontent.com/"
@@ -1260,38 +1258,33 @@ CORPORA = {                                          # name: training file, vali
 }
 
 
-def fetch(name, out="out/corpus", base=None, progress=False):
+def fetch(name, out="out/corpus", progress=False):
     """Downloads a public corpus into a folder -> [training file] or [training file, validation file], ready
-    for prepare.
-
-    base: a mirror to ask instead of https://host. An interrupted download is continued by the next call; the
-    length, and the sha256 if the server names it, are checked before a file gets its name. OSError: what to
-    do without a network."""
+    for prepare. OSError: what to do without a network."""
     if name not in CORPORA:
         raise ValueError(f"corpus {name!r} is unknown; there are {', '.join(CORPORA)}")
     files = []
     for url in CORPORA[name]:
-        url = f"{base.rstrip('/')}/{url.split('/', 3)[3]}" if base else url
         path = Path(out, f"{name}-{url.rsplit('/', 1)[1]}")
-        files.append(path.with_suffix(".jsonl.gz") if path.suffix == ".parquet" else path)
-        if not files[-1].exists():
-            if not path.exists():
-                download(url, path, progress)
-            if files[-1] != path:
-                parquet_to_jsonl(path, files[-1])
+        text = path.with_suffix(".jsonl.gz") if path.suffix == ".parquet" else path
+        if not text.exists() and not path.exists():
+            download(url, path, progress)
+        if not text.exists():
+            parquet_to_jsonl(path, text)
+        files.append(text)
     return files
 
 
 def download(url, path, progress=False):
-    """url -> path, by way of path.part."""
-    import urllib.error
+    """url -> path. What came before an interruption stays in path.part, and the next call goes on there. The
+    length, and the sha256 if the server names it, are checked before the file gets its name."""
+    import http.client
     import urllib.request
-    tags = []
+    answers = []                                     # headers, from the first redirection to the file itself
 
-    # the hub names the sha256 where it redirects
-    class NoteTag(urllib.request.HTTPRedirectHandler):
+    class Redirection(urllib.request.HTTPRedirectHandler):
         def redirect_request(self, request, body, code, message, headers, location):
-            tags.append(headers.get("X-Linked-ETag", ""))
+            answers.append(headers)
             return super().redirect_request(request, body, code, message, headers, location)
 
     part = path.with_name(path.name + ".part")
@@ -1299,19 +1292,20 @@ def download(url, path, progress=False):
     have = part.stat().st_size if part.exists() else 0
     try:
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-        with urllib.request.build_opener(NoteTag).open(request, timeout=30) as response:
+        with urllib.request.build_opener(Redirection).open(request, timeout=30) as response:
             # 200: the server begins at the beginning
             have = have if response.status == 206 else 0
-            tags.append(response.headers.get("ETag", ""))
-            total = have + int(response.headers.get("Content-Length", 0))
+            answers.append(response.headers)
+            length = response.headers.get("Content-Length")
+            total = have + int(length) if length else 0
             bar = Progress(path.name, total, progress)
             with open(part, "ab" if have else "wb") as f:
                 while block := response.read(BLOCK):
                     f.write(block)
                     bar(f.tell())
             bar.close()
-    except OSError as e:                             # urllib's errors are OSErrors
-        # no bytes after the .part: it is complete or of another file, nobody can tell; begin anew
+    except (OSError, http.client.HTTPException) as e:                     # urllib's errors are OSErrors
+        # 416, no bytes after the .part: it is complete or of another file, nobody can tell; begin anew
         if getattr(e, "code", None) == 416:
             part.unlink()
         raise OSError(f"{url}: cannot be fetched ({e}). With a network run this again, it goes on where it "
@@ -1321,7 +1315,8 @@ def download(url, path, progress=False):
         raise OSError(f"{url}: {have:,} of {total:,} bytes came; run this again to go on")
     with open(part, "rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
-    wanted = [tag.strip('"') for tag in tags if re.fullmatch('"?[0-9a-f]{64}"?', tag)]
+    # the hub's name for the sha256 of a large file; an ETag may be any hash
+    wanted = [headers["X-Linked-ETag"].strip('"') for headers in answers if "X-Linked-ETag" in headers]
     if wanted and digest != wanted[0]:
         part.unlink()
         raise OSError(f"{url}: sha256 is {digest}, should be {wanted[0]}; removed, run this again")
@@ -1351,65 +1346,76 @@ def compression_ratio(text, ids):
     return len(text.encode()) / max(1, len(ids))
 
 
-def token_dtype(vocab_size):
-    """2 bytes an id as long as they suffice: the Pile at 3.5 bytes per token is 470 GB of uint16."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def hours(num_bytes, bytes_per_second):
-    return num_bytes / bytes_per_second / 3600
-
-
 SAMPLES = {
     "English": "A tokenizer decides what the model sees: a word it has met is one id, a new one falls apart.",
     "Python": "def total(values):\n    n = 0.0\n    for value in values:\n        n += value\n    return n\n",
-    "German": "Der Zerteiler bestimmt, was das Modell sieht: Bekanntes wird eine Zahl, Neues zerfällt.",
     "Russian": "Токенизатор решает, что увидит модель: знакомое слово станет числом, новое распадётся.",
     "Chinese": "分词器决定模型看到什么：见过的词成为一个编号，没见过的词会被拆开。",
     "emoji": "Hello, 🌍! 你好! 👩‍🚀🚀✨",
 }
 
 
-def demo_trainers(text):
+def timed(work):
     begin = time.perf_counter()
-    naive = train_bpe_naive(text, 500, [EOT])
-    middle = time.perf_counter()
-    fast = train_pieces([(text, True)], 500, [EOT], num_processes=1)
-    naive_s, fast_s = middle - begin, time.perf_counter() - middle
-    print(f"1  {len(fast[1])} merges of {len(text) / 1e3:.0f} kB: naive {naive_s:.2f} s | incremental "
-          f"{fast_s:.2f} s | {naive_s / fast_s:.0f}x | identical merges: {naive == fast}")
+    result = work()
+    return time.perf_counter() - begin, result
 
 
-def demo_ratios(tok, words):
-    print(f"2  bytes an id; {words.vocab_size:,} words and {tok.vocab_size:,} ids of BPE, of Python source")
-    print(f"   {'':10}{'character':>10}{'byte':>7}{'word':>7}{'BPE':>7}   words unknown   BPE gives it back")
+def docstrings(files):
+    """The docstrings of each file: the prose in the code."""
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    for path in files:
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
+        if any(found):
+            yield "\n\n".join(filter(None, found))
+
+
+def first_merges(tok, size):
+    """The tokenizer of `size` ids that the same training would have given: bytes, EOT, the first merges."""
+    merges = tok.merges[:size - 257]
+    return BPETokenizer(make_vocab(merges, [EOT]), merges, [EOT])
+
+
+def demo(out=Path("out")):
+    """The lecture's claims, measured on the embedded corpus."""
+    out.mkdir(parents=True, exist_ok=True)
+    train, val = split_files(corpus_files())
+    texts, held = list(read_documents(train)), "".join(read_documents(val))
+    whole, held_prose = "".join(texts), "\n".join(docstrings(val))
+    print(f"The Python standard library: {len(train)} files, {len(whole) / 1e6:.1f} MB; held out: {len(val)}")
+
+    naive_s, naive = timed(lambda: train_bpe_naive(whole[:130_000], 500, [EOT]))
+    fast_s, fast = timed(lambda: train_pieces([(whole[:130_000], True)], 500, [EOT], num_processes=1))
+    print(f"1  {len(fast[1])} merges of 130 kB: naive {naive_s:.2f} s | incremental {fast_s:.2f} s | "
+          f"{naive_s / fast_s:.0f}x | identical merges: {naive == fast}")
+
+    large, prose = (BPETokenizer(*train_pieces(((d, True) for d in documents), size, [EOT]), [EOT])
+                    for documents, size in ((texts, 16384), (docstrings(train), 4096)))
+    code, words = first_merges(large, 4096), WordTokenizer("".join(texts[:200]))
+    print(f"2  bytes an id; {words.vocab_size:,} words and {code.vocab_size:,} ids of BPE, of Python source\n"
+          f"              character      byte      word       BPE   words unknown   BPE gives it back")
     for name, text in SAMPLES.items():
-        ids = [t.encode(text) for t in (CharacterTokenizer(), ByteTokenizer(), words, tok)]
-        ratios = "".join(f"{compression_ratio(text, i):>{width}.2f}" for i, width in zip(ids, (10, 7, 7, 7)))
-        print(f"   {name:10}{ratios}{ids[2].count(0) / len(ids[2]):>16.0%}   {tok.decode(ids[3]) == text}")
+        ids = [tok.encode(text) for tok in (CharacterTokenizer(), ByteTokenizer(), words, code)]
+        ratios = "".join(f"{compression_ratio(text, i):10.2f}" for i in ids)
+        print(f"   {name:10}{ratios}{ids[2].count(0) / len(ids[2]):16.0%}   {code.decode(ids[3]) == text}")
 
-
-def demo_domains(toks, texts):
-    """Trained on one kind of text, used on another: the vocabulary is the training text's."""
-    columns = "".join(f"{'on ' + name:>15}" for name in texts)
-    print(f"3  {'trained on':13}{columns}   bytes per id of held-out text; longest tokens")
-    for name, tok in toks.items():
+    # trained on one kind of text, used on another: the vocabulary is the training text's
+    print("3  trained on        on code  on docstrings   bytes per id of held-out text; longest tokens")
+    for name, tok in (("code", code), ("docstrings", prose)):
         tokens = sorted((tok.decode([i]) for i in tok.vocab if i > 256), key=len, reverse=True)
-        ratios = "".join(f"{compression_ratio(text, tok.encode(text)):>15.2f}" for text in texts.values())
-        print(f"   {name:13}{ratios}   {' '.join([t for t in tokens if t.strip().isalpha()][:3])}")
+        ratios = "".join(f"{compression_ratio(text, tok.encode(text)):15.2f}" for text in (held, held_prose))
+        print(f"   {name:10}{ratios}   {' '.join([t for t in tokens if t.strip().isalpha()][:3])}")
 
-
-def demo_speed(tok, text):
-    print("4  one process" + f"{'MB/s':>24}{'hours for the Pile':>22}")
-    cold, ids = BPETokenizer(tok.vocab, tok.merges, tok.special_tokens), tok.encode_array(text)
-    for name, work in (("encode, first time", lambda: cold.encode_array(text)),
-                       ("encode, words known", lambda: cold.encode_array(text)),
+    text = whole[:4_000_000]                         # no text twice: the first pass must meet new words
+    cold, ids = first_merges(large, 4096), np.array(code.encode(text))
+    print("4  one process                          MB/s    hours for the Pile")
+    for name, work in (("encode, first time", lambda: cold.encode(text)),
+                       ("encode, words known", lambda: cold.encode(text)),
                        ("decode", lambda: cold.decode_bytes(ids))):
-        begin = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - begin
-        rate = len(text.encode()) / seconds
-        print(f"   {name:25}{rate / 1e6:10.1f}{hours(PILE_BYTES, rate):22.1f}")
+        rate = len(text.encode()) / timed(work)[0]
+        print(f"   {name:25}{rate / 1e6:16.1f}{PILE_BYTES / rate / 3600:22.1f}")
+    demo_vocab_sizes(large, held, out)
 
 
 def demo_vocab_sizes(tok, text, out):
@@ -1429,42 +1435,7 @@ def demo_vocab_sizes(tok, text, out):
     axes.set(xlabel="vocabulary size", ylabel="bytes per id", title="BPE on held-out Python source")
     axes.grid(alpha=0.3)
     figure.savefig(out / "bpe.png", dpi=120, bbox_inches="tight")
-    pyplot.close(figure)
     print(f"   {out / 'bpe.png'}")
-
-
-def first_merges(tok, size):
-    """The tokenizer of `size` ids that the same training would have given: bytes, EOT, the first merges."""
-    merges = tok.merges[:size - 257]
-    return BPETokenizer(make_vocab(merges, [EOT]), merges, [EOT])
-
-
-def docstrings(files):
-    """The docstrings of each file: the prose in the code."""
-    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    for path in files:
-        nodes = ast.walk(ast.parse(path.read_bytes()))
-        found = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
-        if any(found):
-            yield "\n\n".join(filter(None, found))
-
-
-def demo(out=Path("out")):
-    """The lecture's claims, measured on the embedded corpus."""
-    out.mkdir(parents=True, exist_ok=True)
-    train, val = split_files(corpus_files())
-    texts, held = list(read_documents(train)), "".join(read_documents(val))
-    size = sum(map(len, texts)) / 1e6
-    print(f"The Python standard library: {len(train)} files, {size:.1f} MB; held out: {len(val)} files")
-    demo_trainers("".join(texts)[:130_000])
-    large, prose = (BPETokenizer(*train_pieces(document_pieces(documents, None), size, [EOT]), [EOT])
-                    for documents, size in ((texts, 16384), (docstrings(train), 4096)))
-    code = first_merges(large, 4096)
-    demo_ratios(code, WordTokenizer("".join(texts[:200])))
-    held_prose = "\n".join(docstrings(val))
-    demo_domains({"code": code, "docstrings": prose}, {"code": held, "docstrings": held_prose})
-    demo_speed(code, "".join(texts)[:4_000_000])         # no text twice: the first pass must meet new words
-    demo_vocab_sizes(large, held, out)
 
 
 # --- 11. the command line -------------------------------------------------------------------------
@@ -1480,10 +1451,11 @@ def run_train(a):
     check_writable(a.out)
     path, begin = Path(a.out, "tokenizer.json"), time.monotonic()
     special = a.special if EOT in a.special else [EOT, *a.special]
-    vocab, merges = train_bpe(text_files(a.data), a.vocab_size, special, pattern=PATTERNS[a.pattern],
+    size = a.vocab_size or VOCAB_SIZE
+    vocab, merges = train_bpe(text_files(a.data), size, special, pattern=PATTERNS[a.pattern],
                               num_processes=a.processes, errors=a.errors, progress=True)
     BPETokenizer(vocab, merges, special, PATTERNS[a.pattern]).save(path)
-    few = f" (of {a.vocab_size:,}: the text has no more pairs)" if len(vocab) < a.vocab_size else ""
+    few = f" (of {size:,}: the text has no more pairs)" if len(vocab) < size else ""
     longest = max(vocab.values(), key=len)
     print(f"{path}: {len(vocab):,} tokens{few} in {time.monotonic() - begin:.1f} s, longest {longest!r}")
 
@@ -1491,14 +1463,14 @@ def run_train(a):
 def run_encode(a):
     tok = load_tokenizer(a.tokenizer)
     if a.data == ["-"]:
+        if a.out:
+            raise ValueError(f"--data - writes ids to stdout: drop --out {a.out}")
         print(*tok.encode(sys.stdin.buffer.read().decode("utf-8", a.errors)))
         return
     if not a.out:
         raise ValueError("--out is missing: name the token file to write, as in --out out/train.bin")
     check_writable(Path(a.out).parent)
-    info = encode_files(tok, text_files(a.data), a.out, a.processes, True, a.errors)
-    print(f"{a.out}: {info['tokens']:,} tokens of {info['documents']:,} documents, "
-          f"{info['bytes'] / info['tokens']:.2f} bytes per token")
+    print(summary(a.out, encode_files(tok, text_files(a.data), a.out, a.processes, True, a.errors)))
 
 
 def run_decode(a):
@@ -1519,21 +1491,23 @@ def run_show(a):
         print(*ids)
         print(f"{len(ids)} ids, {compression_ratio(a.text, ids):.2f} bytes per id")
         return
-    lengths = Counter(map(len, tok.vocab.values()))
     longest = sorted(tok.vocab.values(), key=len, reverse=True)[:10]
     print(f"{tok.vocab_size:,} ids, {len(tok.merges):,} merges, hash {tok.hash()}\n"
           f"special tokens {tok.special_tokens}\npattern {tok.pattern}")
-    print("tokens by length in bytes:", ", ".join(f"{n}: {lengths[n]:,}" for n in sorted(lengths)))
     print("longest:", *(repr(token.decode(errors="replace")) for token in longest))
 
 
 def run_prepare(a):
     check_writable(a.out)
+    if a.corpus and a.data:
+        raise ValueError(f"--corpus {a.corpus} and --data {' '.join(a.data)} are two sources: give one")
+    if a.tokenizer and a.vocab_size:
+        raise ValueError(f"--vocab_size {a.vocab_size}: the tokenizer of {a.tokenizer} has its own; drop one")
     data, val = a.data, a.val
     if a.corpus:
         data, *rest = fetch(a.corpus, Path(a.out, "corpus"), progress=True)
         val = val or rest
-    prepare(a.out, data, val, a.vocab_size, a.processes, a.errors, a.tokenizer)
+    prepare(a.out, data, val, a.vocab_size or VOCAB_SIZE, a.processes, a.errors, a.tokenizer)
 
 
 def run_fetch(a):
@@ -1551,16 +1525,23 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"bpe.py: error: {message}; see {self.prog} -h\n")
 
 
+def positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+VOCAB_SIZE = 4096
 FLAGS = {
     "--data": dict(nargs="+", metavar="PATH", help="text files or folders (.txt .md .py .jsonl .gz ...)"),
     "--val": dict(nargs="+", metavar="PATH", help="validation text (default: 5%% of the data)"),
     "--corpus": dict(choices=CORPORA, help="fetch a public corpus and use it instead of --data"),
     "--tokenizer": dict(metavar="FILE", help="a tokenizer.json"),
-    "--vocab_size": dict(type=int, default=4096, metavar="N", help="number of ids (default 4096)"),
+    "--vocab_size": dict(type=positive, metavar="N", help=f"number of ids (default {VOCAB_SIZE})"),
     "--pattern": dict(choices=PATTERNS, default="gpt2", help="regex of pre-tokens (default gpt2)"),
     "--special": dict(nargs="*", default=[EOT], metavar="TOKEN", help=f"special tokens; {EOT} always is one"),
     "--out": dict(metavar="PATH", help="folder (train, prepare, fetch) or .bin file (encode) to write"),
-    "--processes": dict(type=int, metavar="N", help="worker processes (default: one a core)"),
+    "--processes": dict(type=positive, metavar="N", help="worker processes (default: one a core)"),
     "--errors": dict(choices=("strict", "replace"), default="strict",
                      help="invalid UTF-8 is an error (default), or becomes U+FFFD"),
     "--text": dict(metavar="TEXT", help="a text to cut into tokens (default: show the vocabulary)"),
@@ -1591,10 +1572,7 @@ def parse_args(argv):
         for flag in flags.split():
             required = {"required": True} if flag.endswith("!") else {}
             command.add_argument(flag.rstrip("!"), **FLAGS[flag.rstrip("!")], **required)
-    args = parser.parse_args(argv)
-    if getattr(args, "processes", None) is not None and args.processes < 1:
-        parser.error(f"--processes {args.processes}: give 1 or more")
-    return args
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
@@ -1605,6 +1583,7 @@ def main(argv=None):
     before = signal.signal(signal.SIGTERM, stop)
     try:
         args.run(args) if args.command else demo()
+        sys.stdout.flush()
     except KeyboardInterrupt:
         print("\nbpe.py: interrupted; unfinished output is removed (a download is kept): run it again",
               file=sys.stderr)

@@ -24,20 +24,19 @@ Run    python data.py                                     # this lecture, a minu
        python data.py mix --data web=a.jsonl code=b.jsonl --stages 0.9:web=8,code=2 0.1:code=1
        python train.py --data out/web                     # read what `run` wrote
 
-You should see (two cores, CPU; shortened)
+You should see (CPU, beside other work; shortened)
        stage            documents    lost   share       MB  MB_lost  tokens_lost       s    docs/s
-       read                   915       2    0.2%     0.82     0.00            0     1.9       485
-       language               913      73    8.0%     0.82     0.11       24,882     0.9     1,053
-       rules                  840     190   22.6%     0.71     0.17       39,847     1.1       781
-       quality                650     228   35.1%     0.54     0.17       38,066     0.9       731
-       evaluation             422      71   16.8%     0.37     0.12       26,718     0.2     2,690
-       exact copies           351      82   23.4%     0.26     0.06       14,294     0.0   351,000
-       near copies            269      22    8.2%     0.20     0.02        4,058     3.6        75
+       read                   952       2    0.2%     0.80     0.00            0     1.0       972
+       language               950      82    8.6%     0.80     0.08       19,425     0.7     1,417
+       rules                  868     194   22.4%     0.72     0.18       41,363     0.8     1,077
+       quality                674     212   31.5%     0.54     0.15       33,992     0.6     1,055
+       evaluation             462      73   15.8%     0.39     0.11       25,221     0.1     3,642
+       exact copies           389      98   25.2%     0.29     0.07       16,691     0.8       488
+       near copies            291      23    7.9%     0.21     0.02        3,660     0.1     4,391
        planted   should go at   pages    gone   where
-       good      -                282   36.9%   kept 178, a copy 46, quality 40, rules 15
-       language  language          70  100.0%   language 70
-       shuffled  quality           70   70.0%   quality 49, kept 21
-       filters: precision 0.897; duplicates: recall 1.000, precision 1.000 (104 spare copies, 0 left, ...
+       good      -                292   33.9%   kept 193, a copy 62, quality 23, rules 14
+       shuffled  quality           73   90.4%   quality 64, kept 7, rules 2
+       filters: precision 0.934; duplicates: recall 0.976, precision 1.000 (124 spare copies, 3 left, ...
                                                              predicted  measured
        pairs of J = 0.8 that share one of 14 bands of 8          0.924     0.927
        error of the estimate from 112 MinHashes, J = 0.9        0.0283    0.0283
@@ -48,11 +47,10 @@ Outline  1 WARC     2 HTML to text     3 language     4 personal data     5 rule
          11 the pipeline     12 planted rubbish, and the proof     13 demo and command line     14 sentences
          On a first reading: 2, 5, 9, 11.
 
-Notes    Tokens: the Pile 275 billion, LLaMA 1.2 trillion, Dolma 3, Nemotron-CC 6.3, FineWeb 15. One Common
-         Crawl is 100,000 WET files of 75 MB. Pages that a model rephrased or turned into questions and
-         answers are one more source for `mix`. Who can edit pages just before a crawl can plant text in every
-         model (poisoning). robots.txt says who may fetch, a licence who may copy, fair use is judged case by
-         case: no filter here does that for you.
+Notes    Tokens: the Pile 275 billion, LLaMA 1.2 trillion, Dolma 3, Nemotron-CC 6.3, FineWeb 15. Pages that a
+         model rephrased or turned into questions and answers are one more source for `mix`. Who can edit
+         pages just before a crawl can plant text in every model (poisoning). robots.txt says who may fetch, a
+         licence who may copy, fair use is judged case by case: no filter here does that for you.
 
 References  Rae et al. 2021 (Gopher), Raffel et al. 2020 (C4), Wenzek et al. 2020 (CCNet), Joulin et al. 2016
          (fastText), Chen & Goodman 1998, Heafield et al. 2013 (Kneser-Ney, KenLM), Xie et al. 2023 (DSIR),
@@ -60,6 +58,7 @@ References  Rae et al. 2021 (Gopher), Raffel et al. 2020 (C4), Wenzek et al. 202
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import gzip
 import hashlib
@@ -73,7 +72,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -92,17 +90,17 @@ MAX_RECORD = 10 << 20                                # bytes kept of a record or
 MAX_PAGE = 5 << 20                                   # bytes of HTML read: a second of work at worst
 MAX_HEAD = 1 << 16                                   # bytes of WARC fields; real ones have under 2 kB
 MAX_SKIP = 64 << 20                                  # bytes inflated only to be thrown away, a gzip member
-MAX_WASTE = 1 << 30                                  # bytes inflated again after damage, a file
+MAX_WASTE = 1 << 28                                  # bytes read in vain, a file; then the rest is given up
 MAX_TAGS = 300_000                                   # tags read of a page; real ones have a few thousand
-WET_FILES = 100_000                                  # WET files of one Common Crawl, about 75 MB each
 CODE, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)       # odd, their bits well spread
+WORD = re.compile(r"\w+|[^\w\s]")                    # a word or a sign
 
 
 def ngram_hashes(values, longest):
     """64-bit hashes of all n-grams of an array, n = 1 .. longest, one array each, with no loop over the text.
 
     Languages, repetition, importance weights, MinHash and decontamination all see text as these numbers."""
-    codes = values.astype(np.uint64) * CODE
+    codes = values.astype(np.uint64) * CODE          # wraps around: arithmetic modulo 2^64
     h = codes
     yield h
     for n in range(1, longest):
@@ -115,10 +113,19 @@ def word_values(words):
     return np.array([zlib.crc32(word.encode("utf-8", "replace")) for word in words], np.uint64)
 
 
+def word_features(text, buckets):
+    """The words and word pairs of a text as numbers below `buckets`: what a classifier and DSIR see of it."""
+    hashes = np.concatenate(list(ngram_hashes(word_values(WORD.findall(text.lower())), 2)))
+    return ((hashes >> np.uint64(20)) % np.uint64(buckets)).astype(np.int64)
+
+
 # --- 1. WARC: the crawl as it is stored ---------------------------------------------------------------------
 # A file of records: a line "WARC/1.0", "Name: value" lines, an empty line, Content-Length bytes, two line
 # ends. In a .warc.gz every record is its own gzip member, so a reader can begin at any of them. Three kinds
 # of file: WARC holds what servers sent (HTTP head and body), WET its text, WAT its metadata as JSON.
+
+GZIP = b"\x1f\x8b\x08"                               # how a gzip member begins
+
 
 class Record(NamedTuple):
     type: str              # warcinfo, request, response, conversion (in a WET), metadata (in a WAT), damaged
@@ -144,17 +151,21 @@ def read_warc(source, max_record=MAX_RECORD):
 
     Nothing in a file ends the reading: a false Content-Length is corrected by looking for the next record, a
     damaged or cut gzip member is left for the next one, a bomb is inflated no further than it may grow."""
-    raw = map_file(source)
+    if not isinstance(source, (str, os.PathLike)):
+        raw = source.read()
+    elif os.path.getsize(source):
+        with open(source, "rb") as f:                # mapped: read only as far as it is looked at
+            raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    else:
+        raw = b""                                    # which mmap refuses
+    at, wasted = 0, 0
     if raw[:2] != GZIP[:2]:
-        at = 0
         while found := next_record(raw, at, True, max_record):
             record, at = found
             yield record
         return
-    at, wasted = raw.find(GZIP), 0
-    while at >= 0:
-        begin, held, state = at, b"", ""
-        start = count = grown = 0                    # start: of the next record, in `held` or behind its end
+    while (begin := raw.find(GZIP, at)) >= 0:
+        held, start, count, grown = b"", 0, 0, 0     # start: of the next record in `held`, or behind its end
         for data, at, state in inflate(raw, begin, max_record + MAX_HEAD):
             held += data
             grown += len(data)
@@ -162,48 +173,37 @@ def read_warc(source, max_record=MAX_RECORD):
                 record, start = found
                 count += 1
                 yield record
-            behind = max(0, start - len(held))
-            if behind > MAX_SKIP:                    # a claim, or a bomb: the next member is the next record
+            held, start = held[start:], max(0, start - len(held))
+            if start > MAX_SKIP:                     # a claim, or a bomb: the next member is the next record
                 break
-            held, start = held[start:], behind
-        # it may have swallowed the next: go back, but not for ever
-        if state in ("damaged", "truncated"):
-            wasted += grown
-            at = begin + 1 if wasted < MAX_WASTE else at
-            if not count:
+        if state in ("damaged", "truncated"):        # it may have swallowed the next: look behind its head
+            wasted += grown + at - begin + (1 << 14)                     # what came out, what went in
+            at = begin + 1
+            if not count or wasted > MAX_WASTE:
                 yield Record("damaged", "", {}, b"", b"", f"gzip member {state}")
-        at = raw.find(GZIP, max(at, begin + 1))
-
-
-GZIP = b"\x1f\x8b\x08"
-
-
-def map_file(source):
-    """A path -> its bytes by mmap, read only as far as they are looked at; anything else is read whole."""
-    if not isinstance(source, (str, os.PathLike)):
-        return source.read()
-    with open(source, "rb") as f:
-        return mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) if os.fstat(f.fileno()).st_size else b""
+            if wasted > MAX_WASTE:                   # nothing but damage: the rest of the file is given up
+                return
 
 
 def inflate(raw, at, limit):
-    """One gzip member in pieces of at most `limit` bytes: (data, where the input stands, "" or how it
-    ended)."""
-    member, spent = zlib.decompressobj(31), 0
-    while True:
-        fed = raw[at:at + (1 << 14)]                 # short, because what follows the member is copied back
+    """One gzip member in pieces of `limit` bytes at most: (data, where the input stands, how it ended)."""
+    member, spent, step, state = zlib.decompressobj(31), 0, 1 << 14, ""
+    while not state:
+        fed = raw[at:at + step]                      # short at first: what follows the member is copied back
         try:
             data = member.decompress(fed, limit)
         except zlib.error:
             yield b"", at, "damaged"
             return
-        at += len(fed) - len(member.unused_data) - len(member.unconsumed_tail)
-        spent += len(data)
-        state = "end" if member.eof else "truncated" if not fed and not data else \
-            "cut" if spent > limit + MAX_SKIP else ""
+        at += len(fed) - len(member.unused_data if member.eof else member.unconsumed_tail)
+        spent, step = spent + len(data), min(2 * step, 1 << 20)
+        if member.eof:
+            state = "end"
+        elif not fed and not data:
+            state = "truncated"
+        elif spent > limit + MAX_SKIP:
+            state = "cut"
         yield data, at, state
-        if state:
-            return
 
 
 def next_record(buf, at, final, max_record):
@@ -212,20 +212,19 @@ def next_record(buf, at, final, max_record):
     end = buf.find(b"\r\n\r\n", at)
     if at < 0 or end < 0:
         return None
-    # no head is that long: begin at the last start before its end
-    if end - at > MAX_HEAD:
+    if end - at > MAX_HEAD:                          # no head is that long: it begins at the last start
         at = buf.rfind(b"WARC/1.", at, end)
-    fields, start = header_fields(buf[at:end]), end + 4
-    length = fields.get("content-length", "")
-    length = int(length) if length.isascii() and length.isdigit() and len(length) < 16 else -1
-    stop, flaw, size = start + length, "", len(buf)
-    if not final and size < min(stop, start + max_record) + 4:
+    fields, start, size = header_fields(buf[at:end]), end + 4, len(buf)
+    claim = re.fullmatch("[0-9]{1,15}", fields.get("content-length", ""))
+    stop = start + int(claim[0]) if claim else -1
+    if claim and not final and size < min(stop, start + max_record) + 4:
         return None
-    seen = stop + 4 <= size
-    if length < 0 or seen and buf[stop:stop + 4] != b"\r\n\r\n" or not seen and final and stop != size:
-        flaw = "Content-Length" if seen or length < 0 else "truncated"
+    seen, flaw = stop + 4 <= size, ""
+    if not claim or (buf[stop:stop + 4] != b"\r\n\r\n" if seen else final and stop != size):
         following = buf.find(b"\r\n\r\nWARC/1.", start)
-        flaw = "Content-Length" if following >= 0 else flaw
+        if following < 0 and not final and size - start < max_record:
+            return None
+        flaw = "Content-Length" if seen or following >= 0 else "truncated"
         stop = following if following >= 0 else size - 4 * (buf[size - 4:size] == b"\r\n\r\n")
     if stop - start > max_record:
         flaw = f"cut at {max_record:,} bytes"
@@ -236,15 +235,13 @@ def next_record(buf, at, final, max_record):
 
 
 def payload(record, limit=MAX_RECORD):
-    """The body with the transfer's packing undone: chunks joined, gzip inflated, both within `limit`
-    bytes."""
+    """The body with the transfer's packing undone: chunks joined, gzip inflated, within `limit` bytes."""
     body, http = record.body, record.http
     if "chunked" in http.get("transfer-encoding", "").lower():
         body = dechunk(body)
     packing = http.get("content-encoding", "").lower()
-    # crawlers often unpack and leave the field: then it fails
     if packing in ("gzip", "x-gzip", "deflate"):
-        with contextlib.suppress(zlib.error):
+        with contextlib.suppress(zlib.error):        # crawlers often unpack it and leave the field
             return zlib.decompressobj(47 if packing != "deflate" else 15).decompress(body, limit)
     return body
 
@@ -253,10 +250,10 @@ def dechunk(body):
     """b"4\\r\\nWiki\\r\\n0\\r\\n\\r\\n" -> b"Wiki"; a body that is not chunked comes back as it is."""
     at, parts = 0, []
     while (end := body.find(b"\r\n", at, at + 64)) >= 0:
-        size = re.match(rb"[0-9a-fA-F]{1,8}\s*(?:;|$)", body[at:end])
+        size = re.match(rb"([0-9a-fA-F]{1,8})\s*(?:;|$)", body[at:end])
         if not size:
-            return b"".join(parts) if parts else body
-        size = int(size[0].strip(b"; \t"), 16)
+            break
+        size = int(size[1], 16)
         parts.append(body[end + 2:end + 2 + size])
         at = end + 4 + size
     return b"".join(parts) if parts else body
@@ -279,14 +276,14 @@ def warc_record(kind, url, body, http=b"", packed=True):
 # tree is not wanted. PDF, Word and e-book files need a tool of their own first (pdftotext, pandoc); their
 # text goes in as .txt.
 
-# name, then "=" and a value that quotes may enclose
+# What is not ">" or "=", or an "=" and a value that quotes may enclose.
 ATTRIBUTES = r"""(?:[^>=]++|=\s*+(?:"[^"]*+(?:"|\Z)|'[^']*+(?:'|\Z))?+)*+"""
 TAG = re.compile(
-    r"<(?:!--(?:[^-]++|-(?!->))*+(?:-->|\Z)"
+    r"<(?:!--(?:[^-]++|-(?!->))*+(?:-->|\Z)"         # a comment; then elements without markup inside
     r"|(?i:(script|style|noscript|template|iframe|textarea|title|select|object|svg|canvas|xmp)"
     rf"(?=[\s/>]){ATTRIBUTES}(?:>[^<]*+(?:<(?!/\1[\s/>])[^<]*+)*+(?:</\1{ATTRIBUTES}(?:>|\Z)|\Z)|\Z))"
-    rf"|(/?[a-zA-Z][^\s/>]*+)({ATTRIBUTES})(?:>|\Z)"
-    r"|[!?/][^>]*+(?:>|\Z))")
+    rf"|(/?[a-zA-Z][^\s/>]*+)({ATTRIBUTES})(?:>|\Z)"  # any other tag: its name, its attributes
+    r"|[!?/][^>]*+(?:>|\Z))")                        # <!DOCTYPE html>, <?xml ?>, </>
 HIDDEN = re.compile(r"""(?i)\shidden(?=[\s=/]|\Z)|display\s*:\s*none|visibility\s*:\s*hidden"""
                     r"""|aria-hidden\s*=\s*["']?true"""
                     r"""|role\s*=\s*["']?(?:navigation|search|banner|contentinfo)""")
@@ -299,14 +296,14 @@ BLOCKS = {**dict.fromkeys("p h1 h2 h3 h4 h5 h6 table".split(), PARAGRAPH), "br":
 LAYOUT = {**BLOCKS, **{"/" + name: mark for name, mark in BLOCKS.items() if name not in ("td", "th", "br")}}
 BOILERPLATE = {"nav", "footer", "aside", "button", "dialog", "audio", "video", "math"}
 VOID = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "wbr"}
+ENDS_AT_NEXT = {"p", "li", "td", "dd", "dt", "tr"}   # elements that end where the next of their kind begins
 CONTROLS = re.compile("[\0-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")                  # \x85 is a line end
 GAP = re.compile(f"[{LINE}{PARAGRAPH}{BREAK}][ {TAB}{LINE}{PARAGRAPH}{BREAK}]*")
 
 
 def html_to_text(page):
     """Markup -> text: paragraphs and headings apart by an empty line, "  \u2022 " items, cells apart by tabs;
-    scripts, navigation, hidden elements, form fields and images dropped; white space collapsed outside
-    <pre>."""
+    scripts, navigation, hidden elements, form fields, images dropped; white space collapsed outside <pre>."""
     page = CONTROLS.sub("", page) if CONTROLS.search(page) else page
     if page.count("<") > MAX_TAGS:                   # hostile: a second and 100 MB are enough for one page
         page = page[:-len(page.split("<", MAX_TAGS)[-1]) - 1]
@@ -318,8 +315,7 @@ def html_to_text(page):
         if skip:
             if name.lstrip("/") != skip:
                 continue
-            begins_another = name[0] != "/" and skip not in ("p", "li", "td", "dd", "dt", "tr")
-            depth += 1 if begins_another else -1     # these six end where the next one begins
+            depth += 1 if name[0] != "/" and skip not in ENDS_AT_NEXT else -1
             if depth:
                 continue
             skip = ""
@@ -354,16 +350,14 @@ def bullet(name, lists):
     return ""
 
 
-def gap(match):
-    """A run of layout is one line end, or an empty line where a paragraph or two <br> are in it."""
-    return "\n\n" if PARAGRAPH in match[0] or match[0].count(BREAK) > 1 else "\n"
-
-
 def tidy(text):
-    """Entities become characters only here, so that &lt;script&gt; stays text; then the white space."""
+    """Entities become characters only here, so that &lt;script&gt; stays text; then the white space: a run of
+    layout is one line end, or an empty line where a paragraph or two <br> are in it."""
+    def gap(match):
+        return "\n\n" if PARAGRAPH in match[0] or match[0].count(BREAK) > 1 else "\n"
+    text = re.sub("&#[0-9]{8,};?", "\ufffd", text)   # no character; int() refuses 4,301 digits with an error
     text = " ".join(html.unescape(text).split())
-    # <li><p>text: on the bullet's line
-    text = re.sub(f"{ITEM}[ {LINE}{PARAGRAPH}{BREAK}]*", " ", text)
+    text = re.sub(f"{ITEM}[ {LINE}{PARAGRAPH}{BREAK}]*", " ", text)      # <li><p>text: on the bullet's line
     text = re.sub(f"{TAB}[ {TAB}]*", "\t", GAP.sub(gap, text))
     text = text.replace(" \n", "\n").replace(" \t", "\t")
     return text.replace(BLANK, " ").strip("\n\t")
@@ -377,8 +371,8 @@ LEGACY = ("cp1252", "cp1251", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr"
 
 def decode(data, declared=""):
     """Bytes -> text; never fails. A byte order mark; UTF-16 by its zeros; UTF-8 if it is valid (98% of the
-    web; it hardly ever is by accident); what HTTP or the page declares; then the legacy code whose text looks
-    most like a language."""
+    web; other text hardly ever is by accident); what HTTP or the page declares; then the legacy code whose
+    text looks most like a language."""
     for mark, code in ((b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
             return data[len(mark):].decode(code, "replace")
@@ -389,9 +383,9 @@ def decode(data, declared=""):
         return data.decode()
     found = DECLARED.search(data, 0, 2048)
     for name in (declared, found[1].decode() if found else ""):
-        with contextlib.suppress(LookupError, UnicodeError):     # unknown, or it does not fit
+        with contextlib.suppress(LookupError, ValueError):       # unknown, or the bytes do not fit
             if name and name.lower() not in ("utf-8", "utf8"):
-                return data.decode(name)
+                return data.decode(name).encode().decode()       # "unicode_escape" can give what is no text
     valid = data.decode("utf-8", "replace")
     if valid.count("\ufffd") * 50 < len(data.translate(None, bytes(range(128)))):
         return valid                                             # UTF-8 with a few bytes damaged
@@ -443,9 +437,8 @@ def language_table():
 
 
 def language_scores(text):
-    """(codes, a score each): a tenth of the log likelihood."""
-    codes, table, _ = language_table()
-    return codes, table[ngram_rows(letters(text))].sum(0) / 10
+    """A tenth of the log likelihood of each language, (languages,)."""
+    return language_table()[1][ngram_rows(letters(text))].sum(0) / 10
 
 
 def identify_language(text, model=None):
@@ -453,14 +446,13 @@ def identify_language(text, model=None):
 
     model: what load_lid returned, for 176 languages. Reliable from about 60 characters on; short lines,
     code and formulas are not a language and get one all the same, often with a low score."""
-    text = text[:1000]                                # more changes nothing
+    text = text[:1000]                               # more changes nothing
     if model:
         return model(text)
-    sample = [c for c in text if c.isalpha()][:200]
-    known = language_table()[2]
+    sample, (codes, _, known) = [c for c in text if c.isalpha()][:200], language_table()
     if 2 * sum(c.lower() in known or "\u4e00" <= c <= "\ud7a3" for c in sample) <= len(sample):
         return "und", 0.0
-    codes, scores = language_scores(text)
+    scores = language_scores(text)
     best = int(scores.argmax())
     return codes[best], float(1 / np.exp(scores - scores[best]).sum())
 
@@ -469,9 +461,9 @@ def plausibility(text):
     """How much a decoding looks like a language, for decode: its score, less something for Han and Hangul,
     which `letters` makes too easy, and much for every character never met."""
     known = language_table()[2]
-    strange = sum(7 if c not in known else 2 if "\u4e00" <= c <= "\ud7a3" else 0
+    strange = sum(7 if c not in known else 2 * ("\u4e00" <= c <= "\ud7a3")
                   for c in text.lower() if not c.isascii())
-    return language_scores(text)[1].max() - strange
+    return language_scores(text).max() - strange
 
 
 def load_lid(path):
@@ -481,12 +473,9 @@ def load_lid(path):
     except ImportError:
         raise ValueError(f"--lid176 {path}: it takes  pip install fasttext-wheel  to read it; "
                          f"without --lid176 28 languages are built in") from None
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such file; lid.176.ftz comes from fasttext.cc")
-    model = fasttext.load_model(str(path))
+    model = fasttext.load_model(str(path))           # ValueError if it is no such file
 
-    def classify(text):
-        # .f is the C++ object: the Python wrapper's predict fails with numpy 2
+    def classify(text):                              # .f is the C++ object: its wrapper fails with numpy 2
         found = model.f.predict(" ".join(text.split()) + "\n", 1, 0.0, "replace")
         return (found[0][1].removeprefix("__label__"), min(1.0, found[0][0])) if found else ("und", 0.0)
     return classify
@@ -496,13 +485,13 @@ def load_lid(path):
 # These masks find shapes, not meanings: a part number that looks like a phone number goes, an address in
 # words stays. Every pattern is tried only where a digit run (or "@") begins and bounds every repetition, so
 # that 1 MB of "a@a@a@" costs a second at most; a pattern such as ([\w.]+)+@ takes hours, and one that may
-# begin at any character reads a tenth as fast.
+# begin at any character reads a tenth as fast. Nothing begins or ends at a mask: what is masked once is
+# masked for good.
 
 LOCAL = re.compile(r"[\w.%+-]{1,65}")                # before the "@", and read backwards from it
 DOMAIN = re.compile(r"(?:[a-zA-Z0-9](?:[a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.){1,8}[a-zA-Z]{2,24}(?![\w@-])")
 # North America: (283) 182-3829, 283-182-3829, 283.182.3829, 2831823829, +1 before any of them; elsewhere:
-# "+", a country code and 2 to 6 groups. Nothing begins or ends at a mask: what is masked once is masked for
-# good.
+# "+", a country code and 2 to 6 groups.
 PHONE = re.compile(r"(?<![\w.@/+-])(?<!\|\|\|)(?:"
                    r"(?:\+?1[ .-]?)?(?:\([0-9]{3}\)[ .-]{0,2}|[0-9]{3}[ .-]?)[0-9]{3}[ .-]?[0-9]{4}"
                    r"|\+[1-9][0-9]{0,2}(?:[ .-]?(?:\([0-9]{1,4}\)|[0-9]{1,4})){2,6}"
@@ -510,13 +499,11 @@ PHONE = re.compile(r"(?<![\w.@/+-])(?<!\|\|\|)(?:"
 OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 IPV4 = re.compile(rf"(?<![\w.-])(?<!\|\|\|)(?:{OCTET}\.){{3}}{OCTET}(?![\w-]|\.[0-9]|\|\|\|)")
 IPV6 = re.compile(r"(?<![\w:.])(?<!\|\|\|)[0-9a-fA-F:]{3,39}(?![\w:]|\|\|\|)")
-HEX = re.compile("[0-9a-fA-F]*")
 CARD = re.compile(r"(?<![\w.-])(?<!\|\|\|)[3-6][0-9]{3}(?:[ -]?[0-9]){11,12}(?![\w-]|\.[0-9]|\|\|\|)")
 
 
 def replace_spans(text, spans, mask):
-    """(text with the (begin, end) spans replaced, how many): rising; one that overlaps the last is left
-    out."""
+    """(text with the (begin, end) spans replaced, how many); one that overlaps the last is passed over."""
     out, at, count = [], 0, 0
     for begin, end in spans:
         if begin >= at:
@@ -527,8 +514,7 @@ def replace_spans(text, spans, mask):
 
 def at_digits(text, pattern, holds=None):
     """Spans of the pattern where a run of digits begins, or the "+" or "(" before it."""
-    # re looks for a first character fast, for a first "+" not
-    for run in re.finditer("[0-9][0-9]*", text):
+    for run in re.finditer("[0-9][0-9]*", text):     # re looks fast for a first character, for "[0-9]+" not
         for begin in (max(0, run.start() - 1), run.start()):
             match = pattern.match(text, begin) if begin == run.start() or text[begin] in "+(" else None
             if match and (holds is None or holds(match[0])):
@@ -563,18 +549,13 @@ def mask_ips(text):
     def spans():
         for colons in re.finditer(":[0-9a-fA-F]{0,4}:", text):
             at = colons.start()
-            match = IPV6.match(text, at - HEX.match(text[max(0, at - 4):at][::-1]).end())
-            if match and is_ipv6(match[0]):
-                yield match.span()
+            before = re.match("[0-9a-fA-F]*", text[max(0, at - 4):at][::-1])
+            if match := IPV6.match(text, at - before.end()):
+                with contextlib.suppress(ValueError):                    # what is none
+                    ipaddress.IPv6Address(match[0])
+                    yield match.span()
     text, six = replace_spans(text, spans(), "|||IP_ADDRESS|||")
     return text, four + six
-
-
-def is_ipv6(text):
-    try:
-        return text.count(":") > 1 and ipaddress.IPv6Address(text) is not None
-    except ValueError:
-        return False
 
 
 def luhn(number):
@@ -602,14 +583,14 @@ def mask_pii(text):
 # --- 5. rules of quality ------------------------------------------------------------------------------------
 # Each rule states one way in which a page is no prose. They are cheap, they can be read, and they do not see
 # meaning: a chatty forum page or a page of advertising in whole sentences passes them all. Hence section 6.
+# They know words by the blanks between and sentences by . ! ?, so Chinese or Thai needs --no-rules.
 
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 
 
 def gopher_quality(text, english=True):
-    """"" or the rule that the page breaks (Rae et al. 2021, table A1). Words are what white space
-    separates."""
-    words, lines = text.split(), text.splitlines() or [""]
+    """"" or the rule that the page breaks (Rae et al. 2021, table A1). Words are what blanks separate."""
+    words, lines = text.split(), [line.strip() for line in text.splitlines()] or [""]
     n = len(words)
     if not 50 <= n <= 100_000:
         return "words not in 50..100,000"
@@ -619,10 +600,9 @@ def gopher_quality(text, english=True):
         return "more than 0.1 # a word"
     if text.count("...") + text.count("\u2026") > 0.1 * n:
         return "more than 0.1 ellipses a word"
-    stripped = [line.strip() for line in lines]
-    if sum(line.startswith(("\u2022", "-", "*", "\u2023", "\u25cf")) for line in stripped) > 0.9 * len(lines):
+    if sum(line.startswith(("\u2022", "-", "*", "\u2023", "\u25cf")) for line in lines) > 0.9 * len(lines):
         return "more than 90% of lines are bullets"
-    if sum(line.endswith(("...", "\u2026")) for line in stripped) > 0.3 * len(lines):
+    if sum(line.endswith(("...", "\u2026")) for line in lines) > 0.3 * len(lines):
         return "more than 30% of lines end in an ellipsis"
     if sum(any(map(str.isalpha, word)) for word in words) < 0.8 * n:
         return "fewer than 80% of words hold a letter"
@@ -635,7 +615,7 @@ def gopher_quality_filter(text):
     return not gopher_quality(text)
 
 
-DUPLICATES = (("paragraph", r"\n\n+", 0.30, 0.20), ("line", r"\n+", 0.30, 0.20))
+DUPLICATES = (("paragraph", r"\n\n+", 0.30, 0.20), ("line", r"\n+", 0.30, 0.20))   # of parts, of characters
 TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 DUPLICATE_NGRAM = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
@@ -644,8 +624,8 @@ def gopher_repetition(text):
     """"" or the rule that the page breaks (the same table): it says the same thing again and again. Shares
     are of characters unless "of lines"."""
     for name, end, most, most_characters in DUPLICATES:
-        parts = re.split(end, text.strip())
-        again = [part for part, seen in zip(parts, seen_before(parts)) if seen]
+        parts, first = re.split(end, text.strip()), {}
+        again = [part for i, part in enumerate(parts) if first.setdefault(part, i) < i]
         if len(again) > most * len(parts):
             return f"more than {most:.0%} of {name}s are duplicates"
         if sum(map(len, again)) > most_characters * len(text):
@@ -657,10 +637,10 @@ def gopher_repetition(text):
         if not len(h) or n < 2:
             continue
         _, first, which, times = np.unique(h, return_index=True, return_inverse=True, return_counts=True)
-        long = np.convolve(lengths, np.ones(n, int), "valid")            # characters of each n-gram
-        if n in TOP_NGRAM and times.max() > 1 and (times * long[first])[times == times.max()].max() \
-                > TOP_NGRAM[n] * size:
-            return f"the most frequent {n}-gram is more than {TOP_NGRAM[n]:.0%}"
+        if n in TOP_NGRAM and times.max() > 1:
+            long = np.convolve(lengths, np.ones(n, int), "valid")        # characters of each n-gram
+            if (times * long[first])[times == times.max()].max() > TOP_NGRAM[n] * size:
+                return f"the most frequent {n}-gram is more than {TOP_NGRAM[n]:.0%}"
         if n in DUPLICATE_NGRAM:
             again = first[which] < np.arange(len(h))
             covered = np.convolve(again, np.ones(n, int)) > 0            # a word in two of them counts once
@@ -669,29 +649,20 @@ def gopher_repetition(text):
     return ""
 
 
-def seen_before(items):
-    seen = set()
-    for item in items:
-        yield item in seen
-        seen.add(item)
-
-
 def c4_rules(text):
     """(text of the lines kept, "" or why the page goes) (Raffel et al. 2020): lines that end like a sentence
-    and have five words; pages with three such sentences, no code, no filler, no list of bad words."""
-    low = text.lower()
-    if "lorem ipsum" in low:
+    and have five words; pages with three such sentences, no code, no filler."""
+    if "lorem ipsum" in text.lower():
         return text, "lorem ipsum"
     if "{" in text:
         return text, "a brace: code"
-    kept = [line for line in text.splitlines() if c4_line(line.strip())]
+    kept = []
+    for line in text.splitlines():
+        whole = line.rstrip().endswith((".", "!", "?", '"', "\u201d")) and not line.rstrip().endswith("...")
+        if whole and len(line.split()) >= 5 and "javascript" not in line.lower():
+            kept.append(line)
     sentences = sum(len(re.findall(r"[.!?](?:[\"'\u201d)]|\s|$)", line)) for line in kept)
     return "\n".join(kept), "" if sentences >= 3 else "fewer than 3 sentences"
-
-
-def c4_line(line):
-    return (line.endswith((".", "!", "?", '"', "\u201d")) and not line.endswith("...")
-            and len(line.split()) >= 5 and "javascript" not in line.lower())
 
 
 # --- 6. a classifier ----------------------------------------------------------------------------------------
@@ -703,17 +674,14 @@ def c4_line(line):
 class TextClassifier:
     """fit(texts, labels), classify(text) -> (label, score in 0..1), save and load.
 
-    p = softmax(W mean(E[rows]));  loss = -log p[label];  one step a text, the rate falls to zero in a
-    line."""
+    p = softmax(W mean(E[rows]));  loss = -log p[label];  one step a text, the rate falls linearly to zero."""
     def __init__(self, dim=16, buckets=1 << 17, seed=0):
         self.dim, self.buckets, self.seed, self.labels = dim, buckets, seed, []
 
     def rows(self, text):
-        """(rows, share of each) of words and pairs, each row once."""
-        words = re.findall(r"\w+|[^\w\s]", text.lower())[:1000]
-        hashes = np.concatenate(list(ngram_hashes(word_values(words), 2))) >> np.uint64(20)
-        rows, times = np.unique(hashes % np.uint64(self.buckets), return_counts=True)
-        return rows.astype(np.int64), (times / max(1, times.sum())).astype(np.float32)
+        """(rows, share of each) of words and pairs, each row once. The first thousand words say enough."""
+        rows, times = np.unique(word_features(text[:6000], self.buckets), return_counts=True)
+        return rows, (times / max(1, times.sum())).astype(np.float32)
 
     def fit(self, texts, labels, epochs=5, lr=0.5):
         self.labels, rng = sorted(set(labels)), np.random.default_rng(self.seed)
@@ -723,6 +691,7 @@ class TextClassifier:
         self.W = np.zeros((len(self.labels), self.dim), np.float32)
         data = [(*self.rows(text), self.labels.index(label)) for text, label in zip(texts, labels)]
         steps = epochs * len(data)
+        progress = bpe.Progress("classifier", steps, sys.stderr.isatty(), "texts", 1)
         for step in range(steps):
             if step % len(data) == 0:
                 order = rng.permutation(len(data))
@@ -733,7 +702,9 @@ class TextClassifier:
             rate = np.float32(lr * (1 - step / steps))
             back = rate * (error @ self.W)
             self.W -= rate * error[:, None] * hidden
-            self.E[rows] -= share[:, None] * back    # rows are distinct, so none is lost
+            self.E[rows] -= share[:, None] * back                        # rows are distinct, so none is lost
+            progress(step)
+        progress.close()
         return self
 
     def scores(self, text):
@@ -748,13 +719,19 @@ class TextClassifier:
         bpe.write_atomic(path, lambda f: np.savez(f, E=self.E, W=self.W, labels=self.labels))
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path, label=None):
+        """label: one that it must know."""
         try:
             with np.load(path, allow_pickle=False) as saved:
                 E, W, labels = saved["E"], saved["W"], saved["labels"].tolist()
-        except (ValueError, KeyError, zlib.error) as e:
+            model = cls(E.shape[1], E.shape[0])
+            assert W.shape == (len(labels), model.dim), f"a matrix of shape {W.shape}"
+            if label not in (None, *labels):
+                raise ValueError(f"its labels are {', '.join(labels)}; none is {label}")
+        except OSError:
+            raise
+        except Exception as e:                       # whatever zip files, headers and shapes can have wrong
             raise ValueError(f"{path}: no classifier saved by `data.py classify` ({e})") from None
-        model = cls(E.shape[1], E.shape[0])
         model.E, model.W, model.labels = E, W, labels
         return model
 
@@ -764,26 +741,15 @@ def softmax(z):
     return e / e.sum()
 
 
-# Enough to run and to see the mechanism, far too little to trust: eight sentences a task. Train on your own
+# Enough to run and to see the mechanism, far too little to trust: four sentences a task. Train on your own
 # with `data.py classify --train`.
-SEEDS = {
-    "quality": {
-        "high": "The treaty was signed in 1648 and ended thirty years of war.|Water expands as it freezes, "
-                "so ice floats.|The function returns the number of elements that satisfy the condition.|She "
-                "studied chemistry before she turned to the history of science.",
-        "low": "Buy now and save big, limited offer, click here for the best price!|Hot deals free shipping "
-               "order today cheap discount sale sale sale|Sign up login register forgot password contact us|"
-               "lol so true haha check out my page and subscribe plz"},
-    "toxic": {
-        "toxic": "You are an idiot and everyone hates you.|Shut up, you stupid fool.|I hate you, you are "
-                 "garbage.|Only an idiot would write such stupid trash.",
-        "non-toxic": "Thank you for the kind answer, it helped me.|I do not agree, but I see your point.|"
-                     "Could you explain the second step again?|The meeting was moved to Tuesday."},
-    "nsfw": {
-        "nsfw": "Adult content, explicit videos, you must be over 18 to enter.|Watch explicit xxx pictures "
-                "free now.|Hot nude singles in your area want to meet.|Uncensored adult webcam, explicit.",
-        "non-nsfw": "The museum opens at nine and is closed on Mondays.|Mix the flour with the butter and "
-                    "add two eggs.|The team won the match in the last minute.|Turn left at the church."},
+SEEDS = {  # task: label: sentences
+    "quality": {"high": "The treaty of 1648 ended thirty years of war.|Water expands as it freezes.",
+                "low": "Buy now, click here, the best price, cheap deals, sale offer!|Sign up login lol plz"},
+    "toxic": {"toxic": "You are an idiot, I hate you and everyone does.|Shut up with this trash, you fool.",
+              "non-toxic": "Thank you, this helped me.|I do not agree with you, but I see your point."},
+    "nsfw": {"nsfw": "Uncensored adult content, explicit webcam.|Hot nude singles, watch xxx pictures now.",
+             "non-nsfw": "The museum opens at nine and is closed on Mondays.|Mix the flour with two eggs."},
 }
 
 
@@ -793,28 +759,29 @@ def seed_classifier(task):
     return TextClassifier(buckets=1 << 14).fit(*zip(*pairs), epochs=50)
 
 
-classify_quality, classify_toxic, classify_nsfw = (
-    functools.partial(lambda task, text: seed_classifier(task).classify(text), task) for task in SEEDS)
+def seed_classify(task, text):
+    return seed_classifier(task).classify(text)
+
+
+classify_quality, classify_toxic, classify_nsfw = (functools.partial(seed_classify, task) for task in SEEDS)
 
 
 def labelled_texts(paths):
     """Lines of fastText's format, "__label__x text", or .jsonl with "label" and "text" -> texts, labels."""
     texts, labels = [], []
     for path in bpe.as_paths(paths):
-        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                if ".jsonl" in path.suffixes:
-                    row = json.loads(line)
-                    label, text = str(row["label"]), str(row["text"])
-                else:
-                    label, text = re.fullmatch(r"__label__(\S+)\s+(.*)", line).groups()
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f'{path}: line {number}: neither "__label__NAME text" nor a JSON object '
-                                 f'with "label" and "text"') from None
+        for place, line in parts_of(path, b"\n"):
+            if ".jsonl" in path.suffixes:
+                row = json_object(line)
+                label, text = row.get("label"), row.get("text")
+            else:
+                found = re.fullmatch(r"__label__(\S+)\s+(.*)", line.strip())
+                label, text = found.groups() if found else (None, None)
+            if label is None or not isinstance(text, str):
+                raise ValueError(f'{place}: neither "__label__NAME text" nor a JSON object with "label" '
+                                 f'and "text"')
             texts.append(text)
-            labels.append(label)
+            labels.append(str(label))
     return texts, labels
 
 
@@ -828,6 +795,9 @@ def labelled_texts(paths):
 # The estimates equal KenLM's lmplz. It rewards repetition: "the the the" is likelier than most sentences, so
 # perplexity goes together with gopher_repetition.
 
+RESERVED = ("<s>", "</s>", "<unk>")
+
+
 class KneserNey:
     """fit(sentences), logprob(sentence) in log10, perplexity; write and read ARPA files.
 
@@ -838,26 +808,24 @@ class KneserNey:
         self.order, self.log_p, self.log_backoff, self.discounts = order, {}, {}, {}
 
     def fit(self, sentences):
-        counts = self.count(sentences)
-        vocabulary = {gram[0] for gram in counts[1]} | {"<unk>", "</s>"}
-        lower = {}                                   # p of the order below
+        counts, p = self.count(sentences), {}
+        uniform = 1 / (len(counts[1]) + 1)           # over the vocabulary: the words, </s> and <unk>
         for n in range(1, self.order + 1):
             D = self.discounts[n] = discounts(counts[n])
-            total, taken = defaultdict(int), defaultdict(float)          # by context
+            total, taken = defaultdict(int), defaultdict(float)          # by context h
             for gram, c in counts[n].items():
                 total[gram[:-1]] += c
                 taken[gram[:-1]] += D[min(c, 3)]
             backoff = {h: taken[h] / total[h] for h in total}
+            lower, p = p, {}
+            for gram, c in counts[n].items():
+                h = gram[:-1]
+                p[gram] = (c - D[min(c, 3)]) / total[h] + backoff[h] * (lower[gram[1:]] if h else uniform)
             if n == 1:
-                uniform = backoff[()] / len(vocabulary)
-                p = {gram: (c - D[min(c, 3)]) / total[()] + uniform for gram, c in counts[1].items()}
-                p["<unk>",] = uniform
+                p["<unk>",] = backoff[()] * uniform
             else:
-                p = {gram: (c - D[min(c, 3)]) / total[h] + backoff[h] * lower[gram[1:]]
-                     for gram, c in counts[n].items() for h in (gram[:-1],)}
                 self.log_backoff[n - 1] = {h: math.log10(b) for h, b in backoff.items()}
             self.log_p[n] = {gram: math.log10(v) for gram, v in p.items()}
-            lower = p
         return self
 
     def count(self, sentences):
@@ -899,7 +867,7 @@ class KneserNey:
         """10^(-log10 p a word), ends of sentences counted as words."""
         sentences = [sentences] if isinstance(sentences, str) else list(sentences)
         words = sum(len(s.split()) + 1 for s in sentences)
-        return 10 ** (-sum(map(self.logprob, sentences)) / max(1, words))
+        return 10 ** min(300.0, -sum(map(self.logprob, sentences)) / max(1, words))      # 10^309 is no float
 
     def write_arpa(self, path):
         """The text format of KenLM and SRILM."""
@@ -929,41 +897,37 @@ class KneserNey:
                     model.log_p[n][gram] = float(p)
                     if backoff:
                         model.log_backoff.setdefault(n, {})[gram] = float(backoff[0])
-        except (ValueError, KeyError) as e:
+        except ValueError as e:
             raise ValueError(f"{path}: no ARPA file ({e})") from None
-        if 1 not in model.log_p or ("<unk>",) not in model.log_p[1]:
+        whole = [*model.log_p] == [*range(1, n + 1)] and [*model.log_backoff] == [*range(1, n)]
+        if not n or not whole or ("<unk>",) not in model.log_p[1]:
             raise ValueError(f"{path}: no ARPA file with an <unk>; make one with  python data.py ngram")
         model.log_p[1].pop(("<s>",), None)
         return model
 
 
-RESERVED = ("<s>", "</s>", "<unk>")
-
-
 def discounts(counts):
     """[0, D1, D2, D3+]: what an n-gram seen c times loses, from how many were seen 1, 2, 3 and 4 times."""
     n1, n2, n3, n4 = (sum(c == k for c in counts.values()) for k in (1, 2, 3, 4))
-    if not n1 or not n2 or not n3:
-        # so small a corpus that nothing can be estimated: KenLM's too
-        return [0.0, 0.5, 1.0, 1.5]
-    y = n1 / (n1 + 2 * n2)
-    found = [0.0, *(k - (k + 1) * y * b / a for k, a, b in ((1, n1, n2), (2, n2, n3), (3, n3, n4)))]
-    return found if all(0 <= d <= k for k, d in enumerate(found)) else [0.0, 0.5, 1.0, 1.5]
+    if n1 and n2 and n3:
+        y = n1 / (n1 + 2 * n2)
+        found = [k - (k + 1) * y * b / a for k, a, b in ((1, n1, n2), (2, n2, n3), (3, n3, n4))]
+        if all(0 < d <= k for k, d in enumerate(found, 1)):
+            return [0.0, *found]
+    return [0.0, 0.5, 1.0, 1.5]                      # too small a corpus to tell: KenLM's fallback, too
 
 
 def plain_sentences(text):
     """Lines as the n-gram model reads them: words and signs in lower case, any digit a 0."""
     for line in text.splitlines():
-        words = re.findall(r"\w+|[^\w\s]", re.sub(r"\d", "0", line.lower()))
-        if words:
+        if words := WORD.findall(re.sub(r"\d", "0", line.lower())):
             yield " ".join(words)
 
 
 def perplexity_buckets(values):
-    """CCNet (Wenzek et al. 2020): "head", "middle" and "tail" are thirds by perplexity; keep the head,
-    say."""
+    """Thirds by perplexity: "head", "middle" and "tail"; keep the head, say (CCNet: Wenzek et al. 2020)."""
     low, high = np.quantile(values, (1 / 3, 2 / 3))
-    return ["head" if v <= low else "middle" if v <= high else "tail" for v in values]
+    return [("head", "middle", "tail")[int(v > low) + int(v > high)] for v in values]
 
 
 # --- 8. importance resampling -------------------------------------------------------------------------------
@@ -974,25 +938,19 @@ def perplexity_buckets(values):
 FEATURES = 10_000
 
 
-def features(text):
-    """Counts of hashed words and word pairs, (FEATURES,)."""
-    hashes = np.concatenate(list(ngram_hashes(word_values(re.findall(r"\w+|[^\w\s]", text.lower())), 2)))
-    return np.bincount((hashes >> np.uint64(20)).astype(np.int64) % FEATURES, minlength=FEATURES)
-
-
-def log_ratio(target, raw):
-    """log(p + 1e-8) - log(q + 1e-8) of summed counts: no feature of either may rule a document out."""
-    return np.log(target / target.sum() + 1e-8) - np.log(raw / raw.sum() + 1e-8)
-
-
 def dsir_weights(target_texts, raw_texts):
-    """The log weight of each raw text: sum over its features of log p - log q. Long documents have large
-    ones."""
-    counts = [features(text) for text in raw_texts]
-    if not counts or not any(c.any() for c in counts):
-        raise ValueError("dsir has no raw text to choose from")
-    ratio = log_ratio(sum(features(text) for text in target_texts), sum(counts))
-    return np.array([float(c @ ratio) for c in counts])
+    """The log weight of each raw text, sum over its features of log p - log q: large for long texts."""
+    raw = [word_features(text, FEATURES).astype(np.uint16) for text in raw_texts]        # 2 bytes a feature
+    target, total = np.zeros((2, FEATURES), np.int64)
+    for text in target_texts:
+        target += np.bincount(word_features(text, FEATURES), minlength=FEATURES)
+    for features in raw:
+        total += np.bincount(features, minlength=FEATURES)
+    if not target.any() or not total.any():
+        raise ValueError("dsir has no raw text to choose from, or no target text to choose by")
+    p, q = target / target.sum() + 1e-8, total / total.sum() + 1e-8      # no feature may rule a text out
+    ratio = np.log(p) - np.log(q)
+    return np.array([ratio[features].sum() for features in raw])
 
 
 def gumbel_top_k(log_weights, k, seed=0):
@@ -1017,13 +975,12 @@ NO_BLANKS = "\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff"                # Thai, Lao
 
 
 def normal_words(text):
-    """Lower case, no accents (NFD splits them off), no punctuation; where no blanks are written,
-    characters."""
+    """Lower case, no accents (NFD splits them off), no signs; characters where no blanks are written."""
     text = text.lower()
-    if not text.isascii():
-        text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
-        return re.findall(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+", text)
-    return re.findall(r"\w+", text)
+    if text.isascii():
+        return re.findall(r"\w+", text)
+    text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
+    return re.findall(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+", text)
 
 
 def shingles(text, n=5):
@@ -1062,36 +1019,32 @@ def check_bands(num_hashes, num_bands):
                          f"try --hashes {max(1, round(num_hashes / max(1, num_bands))) * max(1, num_bands)}")
 
 
-class UnionFind:
-    """Groups that grow together: if A is like B and B like C, the three are one, in whatever order it is
-    said."""
-    def __init__(self):
-        self.parent = {}
+def clusters(pairs):
+    """Pairs -> sorted groups. If A is like B and B like C, the three are one, in whatever order it is said
+    (union-find): every member points to a smaller one of its group, the smallest to itself."""
+    parent = {}
 
-    def find(self, x):
-        while (above := self.parent.setdefault(x, x)) != x:
-            self.parent[x] = x = self.parent[above]
+    def find(x):
+        while (above := parent.setdefault(x, x)) != x:
+            parent[x] = x = parent[above]            # halves the way for the next who asks
         return x
-
-    def union(self, a, b):
-        a, b = sorted((self.find(a), self.find(b)))
-        self.parent[b] = a
-
-    def groups(self):
-        found = defaultdict(list)
-        for x in sorted(self.parent):
-            found[self.find(x)].append(x)
-        return list(found.values())
+    for pair in pairs:
+        a, b = sorted(map(find, pair))
+        parent[b] = a
+    groups = defaultdict(list)
+    for x in sorted(parent):
+        groups[find(x)].append(x)
+    return list(groups.values())
 
 
 class Ranks:
-    """The processes that torchrun started, or (Ranks()) this one alone. What is exchanged are numpy
-    arrays."""
+    """The processes that torchrun started, or (Ranks()) this one alone. They exchange numpy arrays."""
     def __init__(self, rank=0, size=1):
         self.rank, self.size = rank, size
         if size > 1:
             import torch.distributed as dist         # 2 s to load, so only where it is needed
-            dist.init_process_group("gloo")          # text lives in main memory: the CPUs talk
+            # Text lives in main memory, so the CPUs talk. A rank may wait days for one with larger files.
+            dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
             self.dist = dist
 
     def exchange(self, parts):
@@ -1099,7 +1052,6 @@ class Ranks:
         if self.size == 1:
             return parts[0]
         import torch
-        parts = [np.ascontiguousarray(part) for part in parts]
         lengths = torch.tensor([len(part) for part in parts])
         incoming = torch.empty_like(lengths)
         self.dist.all_to_all_single(incoming, lengths)
@@ -1122,21 +1074,21 @@ class Ranks:
 
 
 def meet(keys, values, ranks):
-    """Equal keys meet on rank key mod size -> (keys, values), sorted. Nothing depends on how many ranks there
-    are."""
+    """Equal keys meet on rank key mod size -> (keys, values, where each run of equal keys begins), sorted.
+    The union over the ranks does not depend on how many there are."""
     owner = (keys % np.uint64(ranks.size)).astype(np.int64)
     keys, values = (ranks.exchange([column[owner == i] for i in range(ranks.size)])
                     for column in (keys, values))
     order = np.lexsort((values, keys))
-    return keys[order], values[order]
+    keys, values = keys[order], values[order]
+    return keys, values, np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
 
 
 def repeated(keys, values, ranks):
     """(keys that stand more than once anywhere, sorted; the smallest value of each), on every rank."""
-    keys, values = meet(keys, values, ranks)
-    begins = np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
-    more = np.diff(begins, append=len(keys)) > 1
-    found = ranks.gather((keys[begins][more], values[begins][more]))
+    keys, values, begins = meet(keys, values, ranks)
+    begins = begins[np.diff(begins, append=len(keys)) > 1]
+    found = ranks.gather((keys[begins], values[begins]))
     keys, values = (np.concatenate(column) for column in zip(*found))
     order = np.argsort(keys)
     return keys[order], values[order]
@@ -1156,18 +1108,18 @@ def candidate_pairs(bands, ids, ranks):
 
     In a bucket of m all m(m-1)/2 pairs count; above 64, only each with the next and with the first: a chain
     holds a true cluster together, and a bucket of 10,000 pages of one template would cost 50 million."""
-    keys, values = meet(bands.ravel(), np.repeat(ids, bands.shape[1]), ranks)
-    pairs, begins = set(), np.flatnonzero(np.diff(keys, prepend=~keys[:1]))
-    for begin, end in zip(begins, np.append(begins[1:], len(keys))):
-        if end - begin > 1:
-            bucket = values[begin:end].tolist()
-            pairs.update(itertools.combinations(bucket, 2) if len(bucket) <= 64 else
-                         [*zip(bucket, bucket[1:]), *((bucket[0], other) for other in bucket[1:])])
+    keys, values, begins = meet(bands.ravel(), np.repeat(ids, bands.shape[1]), ranks)
+    pairs, ends = set(), np.append(begins[1:], len(keys))
+    more = ends - begins > 1
+    for begin, end in zip(begins[more], ends[more]):
+        bucket = values[begin:end].tolist()
+        pairs.update(itertools.combinations(bucket, 2) if len(bucket) <= 64 else
+                     [*zip(bucket, bucket[1:]), *((bucket[0], other) for other in bucket[1:])])
     return set().union(*ranks.gather(pairs))
 
 
 def near_duplicates(ids, bands, shingles_of, threshold, ranks, seed=0):
-    """-> (ids to drop, clusters, pairs compared). shingles_of(ids of this rank) -> {id: shingles}.
+    """-> (ids to drop, clusters). shingles_of(ids of this rank) -> {id: shingles}.
 
     Candidates are compared by their true Jaccard similarity, so a chance collision of hashes drops nothing.
     Of each cluster one stays, the one with the smallest hash of its id: chosen at random, and the same for
@@ -1178,40 +1130,39 @@ def near_duplicates(ids, bands, shingles_of, threshold, ranks, seed=0):
     for part in ranks.gather(shingles_of([i for i in ids.tolist() if i in wanted])):
         sets.update(part)
     mine = [(i, j) for i, j in pairs[ranks.rank::ranks.size] if jaccard(sets[i], sets[j]) >= threshold]
-    groups = UnionFind()
-    for part in ranks.gather(mine):
-        for i, j in part:
-            groups.union(i, j)
-    clusters = groups.groups()
-    kept = {min(cluster, key=lambda i: zlib.crc32(f"{seed} {i}".encode())) for cluster in clusters}
-    return {i for cluster in clusters for i in cluster} - kept, clusters, len(pairs)
+    groups = clusters(pair for part in ranks.gather(mine) for pair in part)
+    kept = {min(group, key=lambda i: zlib.crc32(f"{seed} {i}".encode())) for group in groups}
+    return {i for group in groups for i in group} - kept, groups
 
 
 def minhash_deduplication(input_files, output_directory, num_hashes=112, num_bands=14, ngrams=5,
                           jaccard_threshold=0.8):
-    """One document a file: copies to output_directory all but the near-duplicates. Returns their paths."""
+    """One document a file: copies all but near-duplicates to output_directory. Returns the dropped paths."""
     check_bands(num_hashes, num_bands)
-    paths, ids = bpe.as_paths(input_files), np.arange(len(input_files))
+    paths = bpe.as_paths(input_files)
+    targets, ids = output_paths(paths, output_directory), np.arange(len(paths))
     texts = [path.read_text("utf-8", "replace") for path in paths]
     bands = np.array([band_hashes(minhash(shingles(text, ngrams), num_hashes), num_bands) for text in texts])
-    drop, _, _ = near_duplicates(ids, bands.reshape(len(paths), num_bands),
-                                 lambda wanted: {i: shingles(texts[i], ngrams) for i in wanted},
-                                 jaccard_threshold, Ranks())
-    for i, target in enumerate(output_paths(paths, output_directory)):
+    drop, _ = near_duplicates(ids, bands, lambda wanted: {i: shingles(texts[i], ngrams) for i in wanted},
+                              jaccard_threshold, Ranks())
+    for i, target in enumerate(targets):
         if i not in drop:
-            shutil.copyfile(paths[i], target)
+            bpe.write_atomic(target, paths[i].read_bytes())
     return [paths[i] for i in sorted(drop)]
 
 
 def output_paths(paths, output_directory):
-    """One path a file in output_directory. ValueError: no file, two of one name, or an input would be
-    lost."""
+    """One path a file in output_directory, which is made. ValueError: no file, two of one name, a packed one,
+    or an input would be lost."""
     output, names = Path(output_directory), Counter(path.name for path in paths)
     name, count = (names.most_common(1) or [("", 0)])[0]
     if count != 1:
         raise ValueError(f"{count} files are named {name!r}: rename all but one")
-    if any(path.resolve().parent == output.resolve() for path in paths):
-        raise ValueError(f"{output} holds the input files: give another --out")
+    for path in paths:
+        if path.suffix == ".gz":
+            raise ValueError(f"{path} is packed: gunzip it first")
+        if path.resolve().parent == output.resolve():
+            raise ValueError(f"{output} holds the input files: give another --out")
     output.mkdir(parents=True, exist_ok=True)
     return [output / path.name for path in paths]
 
@@ -1222,29 +1173,23 @@ def line_key(line):
 
 def exact_line_deduplication(input_files, output_directory, keep_first=False):
     """Writes every file without the lines that stand more than once in all of them together: every copy goes
-    (menus, footers), or (keep_first) all but the first. An emptied file is still written. Memory: 8 bytes a
-    line. Returns the number of lines dropped."""
-    paths, dropped, seen = bpe.as_paths(input_files), 0, set()
+    (menus, footers), or (keep_first) all but the first. An emptied file is still written. Memory: some 50
+    bytes a line. Returns the number of lines dropped."""
+    paths = bpe.as_paths(input_files)
+    targets = output_paths(paths, output_directory)
     keys = np.fromiter((line_key(line) for path in paths for line in binary_lines(path)), np.uint64)
-    distinct, times = np.unique(keys, return_counts=True)
-    again = set(distinct[times > 1].tolist())
-    for path, target in zip(paths, output_paths(paths, output_directory)):
-        with open(target, "wb") as f:
-            for line in binary_lines(path):
-                key = line_key(line)
-                if key in again and (not keep_first or key in seen):
-                    dropped += 1
-                    continue
-                if key in again:                     # no other can come again
-                    seen.add(key)
-                f.write(line + b"\n")
-    return dropped
+    places = np.arange(len(keys))
+    gone = is_extra(keys, places, repeated(keys, places, Ranks()), keep_first)
+    dropped = iter(gone.tolist())
+    for path, target in zip(paths, targets):
+        kept = (line + b"\n" for line in binary_lines(path) if not next(dropped))
+        bpe.write_atomic(target, lambda f: f.writelines(kept))
+    return int(gone.sum())
 
 
 def binary_lines(path):
     with open(path, "rb") as f:
-        for line in f:
-            yield line.removesuffix(b"\n")
+        yield from (line.removesuffix(b"\n") for line in f)
 
 
 class Bloom:
@@ -1258,7 +1203,7 @@ class Bloom:
                              f"give 1 or more, and a rate between 0 and 1")
         self.m = math.ceil(-n * math.log(false_positives) / math.log(2) ** 2)
         self.k = max(1, round(math.log(2) * self.m / n))
-        self.bits, self.n = bytearray(self.m // 8 + 1), n
+        self.bits = bytearray(self.m // 8 + 1)
 
     def places(self, key):
         """k places from two hashes: h1 + i h2 is as good as k hashes (Kirsch & Mitzenmacher 2006)."""
@@ -1282,15 +1227,18 @@ class Bloom:
         return (1 - (1 - 1 / self.m) ** (self.k * added)) ** self.k
 
 
-def paragraph_deduplication(input_files, output_directory, paragraphs=1_000_000, false_positives=1e-6):
+def paragraph_deduplication(input_files, output_directory, false_positives=1e-6):
     """Writes every file without the paragraphs (between empty lines) that a Bloom filter has seen; returns
-    how many. One pass, memory for `paragraphs` keys; at the rate given a new paragraph is lost by mistake."""
-    paths, seen, dropped = bpe.as_paths(input_files), Bloom(paragraphs, false_positives), 0
-    for path, target in zip(paths, output_paths(paths, output_directory)):
+    how many. Memory: 29 bits a line, for there are no more paragraphs; at this rate one in a million new ones
+    is lost by mistake."""
+    paths, dropped = bpe.as_paths(input_files), 0
+    targets = output_paths(paths, output_directory)
+    seen = Bloom(1 + sum(1 for path in paths for _ in binary_lines(path)), false_positives)
+    for path, target in zip(paths, targets):
         parts = re.split(rb"\n\s*\n", path.read_bytes())
         kept = [part for part in parts if not seen.add(b" ".join(part.split()))]
         dropped += len(parts) - len(kept)
-        target.write_bytes(b"\n\n".join(kept))
+        bpe.write_atomic(target, b"\n\n".join(kept))
     return dropped
 
 
@@ -1300,20 +1248,15 @@ class EvaluationIndex:
     """The word n-grams of evaluation texts, to find documents that hold one: 13 words in a row are no
     accident (Brown et al. 2020). An item shorter than that cannot be found; `skipped` counts them."""
     def __init__(self, items, n=13):
-        self.n, self.names, self.skipped, keys = n, [], 0, []
-        for name, text in items:
-            h = self.hashes(text)
-            self.skipped += not len(h)
-            keys.append(h)
-            self.names.append(name)
-        self.item = np.repeat(np.arange(len(keys)), [len(h) for h in keys])
-        keys = np.concatenate(keys) if keys else np.zeros(0, np.uint64)
+        self.n, items = n, list(items)
+        hashes = [self.hashes(text) for _, text in items]
+        self.names, self.skipped = [name for name, _ in items], sum(not len(h) for h in hashes)
+        keys = np.concatenate([np.zeros(0, np.uint64), *hashes])
         order = np.argsort(keys, kind="stable")
-        self.keys, self.item = keys[order], self.item[order]
+        self.keys, self.item = keys[order], np.repeat(np.arange(len(items)), [len(h) for h in hashes])[order]
 
     def hashes(self, text):
-        values = word_values(normal_words(text))
-        *_, h = ngram_hashes(values, self.n)
+        *_, h = ngram_hashes(word_values(normal_words(text)), self.n)
         return h
 
     def find(self, text):
@@ -1330,14 +1273,12 @@ class EvaluationIndex:
 def evaluation_items(paths):
     """(name, text) of every line of .jsonl (all its strings), else of every document."""
     for path in bpe.as_paths(paths):
-        if ".jsonl" in path.suffixes:
-            for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
-                if line.strip():
-                    row = json.loads(line)
-                    yield f"{path.name}:{number}", " ".join(v for v in row.values() if isinstance(v, str))
-        else:
-            for number, text in enumerate(bpe.read_documents([path], "replace"), 1):
-                yield f"{path.name}:{number}", text
+        for place, text in parts_of(path):
+            if ".jsonl" in path.suffixes:
+                text = " ".join(v for v in json_object(text).values() if isinstance(v, str))
+                if not text:
+                    raise ValueError(f"{path}: {place}: no JSON object with a string in it")
+            yield place, text
 
 
 def mix(sources, stages, total_bytes):
@@ -1348,17 +1289,17 @@ def mix(sources, stages, total_bytes):
     furthest behind its share of the bytes comes next, so no share is ever off by more than a document; a
     source that runs out begins again (up to four epochs are nearly as good as new text: Muennighoff et al.
     2023). No chance is involved: shuffle the sources first."""
-    endless = {name: itertools.cycle(documents) for name, documents in sources.items()}
     for name in {name for _, weights in stages for name in weights}:
         if not sources.get(name):
             raise ValueError(f"the mixture names {name!r}, which is empty or not there: "
                              f"the sources are {', '.join(sources) or 'none'}")
+    endless = {name: itertools.cycle(documents) for name, documents in sources.items()}
     whole, done, end = sum(share for share, _ in stages), 0, 0.0
     for share, weights in stages:
         end += share / whole * total_bytes
-        taken, scale = dict.fromkeys(weights, 0), sum(weights.values())
+        taken = dict.fromkeys(weights, 0)
         while done < end:
-            name = min(weights, key=lambda n: (taken[n] * scale / weights[n], n))
+            name = min(weights, key=lambda n: (taken[n] / weights[n], n))
             document = next(endless[name])
             size = len(document.encode()) or 1       # an empty document must not stop the clock
             taken[name] += size
@@ -1370,13 +1311,14 @@ def mix(sources, stages, total_bytes):
 # First every file alone (read, extract, filter), in as many processes as there are; what a file gave is on
 # disk before it counts, so a run that is cut goes on where it was. Then duplicates, which concern all files:
 # there the ranks exchange hashes, and texts never travel. Then one tokenizer, and the token files of
-# train.py.
+# train.py. Ranks on several machines need one folder --out that all of them see.
 
 STAGES_OF_A_RUN = ("read", "language", "rules", "quality", "evaluation", "personal data", "exact copies",
                    "near copies", "repeated lines")
 INPUTS = (".warc", ".warc.gz", ".wet", ".wet.gz", ".jsonl", ".jsonl.gz", ".txt", ".txt.gz", ".md", ".html")
-FILTER_FLAGS = ("languages", "min_language", "lid176", "rules", "quality", "min_quality", "toxic", "nsfw",
-                "max_harm", "arpa", "max_perplexity", "evaluation")
+MODEL_FLAGS = ("lid176", "quality", "toxic", "nsfw", "arpa")
+FILTER_FLAGS = (*MODEL_FLAGS, "languages", "min_language", "rules", "min_quality", "max_harm",
+                "max_perplexity", "evaluation")
 
 
 def input_files(paths):
@@ -1391,164 +1333,173 @@ def input_files(paths):
             raise FileNotFoundError(f"{path}: no such file or folder; give --data files {' '.join(INPUTS)}")
     if not files:
         raise ValueError(f"{', '.join(map(str, paths))}: no files here that end in {' '.join(INPUTS)}")
-    return sorted(set(files))
+    return sorted({path.resolve(): path for path in files}.values())     # named twice, it is read once
 
 
-def bounded_parts(f, end):
-    """What stands between the `end`s of a binary file, cut at MAX_RECORD bytes: a 500 MB line costs 20 MB."""
-    held = b""
-    while block := f.read(1 << 20):
-        *whole, held = (held + block).split(end)
-        yield from (part[:MAX_RECORD] for part in whole)
-        if len(held) > 2 * MAX_RECORD:               # keep the beginning, and what may begin an `end`
-            held = held[:MAX_RECORD] + held[-len(end):]
-    yield held[:MAX_RECORD]
-
-
-def text_documents(path):
-    """(name, text or None, flaw) of a text file (EOT between documents) or of the lines of a .jsonl."""
-    rows = ".jsonl" in path.suffixes[-2:]
+def parts_of(path, end=None):
+    """("file:number", text) of each line of a .jsonl, of each document (EOT between them) of any other text
+    file, or of what stands between `end`s. Blank ones are left out, .gz is unpacked, what is longer than
+    MAX_RECORD is cut: a line of 500 MB costs 80 MB."""
+    end, number, held, block = end or (b"\n" if ".jsonl" in path.suffixes else bpe.EOT.encode()), 0, b"", b"-"
     with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as f:
-        for number, part in enumerate(bounded_parts(f, b"\n" if rows else bpe.EOT.encode()), 1):
-            name, text, flaw = f"{path.name}:{number}", part.decode("utf-8", "replace"), ""
-            if not text.strip():
-                continue
-            if rows:
-                try:
-                    row = json.loads(text)
-                    name, text = str(row.get("url", name)), row["text"]
-                except (ValueError, KeyError, AttributeError):
-                    text = None
-                if not isinstance(text, str):
-                    text, flaw = None, 'no JSON object with a "text"'
-            yield name, text, flaw
+        while block:
+            block = f.read(1 << 22)
+            *whole, held = (held + block).split(end)
+            for part in whole if block else [*whole, held]:
+                number += 1
+                if part.strip():
+                    yield f"{path.name}:{number}", part[:MAX_RECORD].decode("utf-8", "replace")
+            if len(held) > 2 * MAX_RECORD:           # keep the beginning, and what may begin an `end`
+                held = held[:MAX_RECORD] + held[-len(end):]
+
+
+def json_object(line):
+    """A line of .jsonl -> its object, {} if it holds none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):             # 100,000 brackets in a row are the latter
+        return {}
+    return row if isinstance(row, dict) else {}
 
 
 def documents(path):
     """(name, text or None, flaw) of everything in a file that may be a document: the pages of a WARC, the
     texts of a WET, the lines of a .jsonl, the documents of a text file."""
-    if path.suffix == ".html":
-        yield path.name, extract_text(path.read_bytes()), ""
-    elif not re.search(r"\.(warc|wet)\b", path.name.lower()):
-        yield from text_documents(path)
-    else:
+    name = path.name.lower()
+    if re.search(r"\.(warc|wet|wat)\b", name):
         for record in read_warc(path):
-            media, _, charset = record.http.get("content-type", "text/html").lower().partition("charset=")
-            if record.type == "damaged":
-                yield path.name, None, record.flaw
-            elif record.type == "conversion":
-                yield record.url, decode(record.body), record.flaw
-            elif record.type == "response" and "html" in media:
-                yield record.url, extract_text(payload(record), charset.strip("\"' ;")), record.flaw
-            elif record.type == "response":
-                text = decode(payload(record), charset.strip("\"' ;")) if "text/plain" in media else None
-                yield record.url, text, record.flaw if text else "neither HTML nor text"
+            if record.type in ("response", "conversion", "damaged"):
+                yield record.url or path.name, *page_text(record)
+    elif name.endswith(".html"):
+        with open(path, "rb") as f:
+            yield path.name, extract_text(f.read(MAX_PAGE)), ""
+    else:
+        try:
+            for place, text in parts_of(path):
+                row = json_object(text) if ".jsonl" in path.suffixes else {"text": text}
+                url, text = str(row.get("url", place)), row.get("text")
+                if isinstance(text, str):            # half a surrogate pair, which no file takes, becomes "?"
+                    yield *(s.encode("utf-8", "replace").decode() for s in (url, text)), ""
+                else:
+                    yield place, None, 'no JSON object with a "text"'
+        except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+            yield path.name, None, f"damaged: {e}"
+
+
+def page_text(record):
+    """A WARC record -> (text or None, flaw)."""
+    media, _, charset = record.http.get("content-type", "text/html").lower().partition("charset=")
+    charset, text, flaw = charset.strip("\"' ;"), None, record.flaw
+    if record.type == "conversion":
+        text = decode(record.body)
+    elif record.type == "response" and "html" in media:
+        text = extract_text(payload(record), charset)
+    elif record.type == "response" and "text/plain" in media:
+        text = decode(payload(record), charset)
+    else:
+        flaw = flaw or "neither HTML nor text"
+    return text, flaw
 
 
 @functools.cache
 def make_filters(settings):
-    """JSON of FILTER_FLAGS -> [(stage, text -> (text, "" or why it goes))]; models are read once a process.
+    """JSON of FILTER_FLAGS -> [(stage, text -> "" or why it goes)]; models are read once a process.
 
-    Every filter has this one shape: it estimates something, scores the document, and compares with a
-    bound."""
+    Every filter has this one shape: it estimates something, scores the document, compares with a bound."""
     s = argparse.Namespace(**json.loads(settings))
     lid = load_lid(s.lid176) if s.lid176 else None
-    judges = [(name, TextClassifier.load(path)) for name, path in
-              (("quality", s.quality), ("toxic", s.toxic), ("nsfw", s.nsfw)) if path]
+    best = TextClassifier.load(s.quality, "high") if s.quality else None
+    harm = [(name, TextClassifier.load(path, name))
+            for name, path in (("toxic", s.toxic), ("nsfw", s.nsfw)) if path]
     lm = KneserNey.read_arpa(s.arpa) if s.arpa else None
     index = EvaluationIndex(evaluation_items(s.evaluation))
+    if index.skipped == len(index.names) > 0:
+        raise ValueError(f"--evaluation: none of {index.skipped} items has {index.n} words, so none is found")
 
     def language(text):
         code, score = identify_language(text, lid)
-        return code if code not in s.languages else "" if score >= s.min_language else f"{code}, unsure"
+        if code not in s.languages:
+            return code
+        return "" if score >= s.min_language else f"{code}, unsure"
 
     def rules(text):
-        return gopher_quality(text, "en" in s.languages) or gopher_repetition(text) or c4_rules(text)[1]
+        return gopher_quality(text, s.languages == ["en"]) or gopher_repetition(text) or c4_rules(text)[1]
 
     def quality(text):
-        for name, judge in judges:
-            if name == "quality" and judge.scores(text)["high"] < s.min_quality:
-                return f"quality below {s.min_quality}"
-            if name != "quality" and judge.scores(text)[name] > s.max_harm:
+        if best and best.scores(text)["high"] < s.min_quality:
+            return f"quality below {s.min_quality}"
+        for name, judge in harm:
+            if judge.scores(text)[name] > s.max_harm:
                 return f"{name} above {s.max_harm}"
         too_odd = lm and lm.perplexity(plain_sentences(text)) > s.max_perplexity
         return f"perplexity above {s.max_perplexity:g}" if too_odd else ""
 
     def evaluation(text):
         found = index.find(text)
-        return f"holds 13 words of {found}" if found else ""
+        return f"holds {index.n} words of {found}" if found else ""
     return [(name, f) for name, f, wanted in (
         ("language", language, "any" not in s.languages), ("rules", rules, s.rules),
-        ("quality", quality, judges or lm), ("evaluation", evaluation, index.names)) if wanted]
+        ("quality", quality, best or harm or lm), ("evaluation", evaluation, index.names)) if wanted]
 
 
-class Funnel:
-    """What each stage was given and lost; the funnels of files and of ranks add up."""
-    def __init__(self, stages=None, reasons=(), samples=(), **_):
-        self.stages = dict(stages or {})             # name: documents in, lost, bytes in, lost, seconds
-        self.reasons, self.samples = Counter(reasons), list(samples)
-
-    def count(self, stage, documents, lost, size, lost_bytes, seconds):
-        given = (documents, lost, size, lost_bytes, seconds)
-        self.stages[stage] = [a + b for a, b in zip(self.stages.get(stage, [0] * 5), given)]
-
-    def sample(self, fate, name, text):
-        """Five kept and five dropped are shown: those whose names have the smallest hashes, in any run the
-        same."""
-        self.samples.append([zlib.crc32(name.encode("utf-8", "replace")), fate, name, (text or "")[:150]])
-
-    def add(self, other):
-        for stage, given in other["stages"].items():
-            self.count(stage, *given)
-        self.reasons.update(other["reasons"])
-        self.samples += other["samples"]
-
-    def state(self):
-        kept, dropped = ([sample for sample in sorted(self.samples) if (sample[1] == "kept") == side][:5]
-                         for side in (True, False))
-        return {"stages": self.stages, "reasons": dict(self.reasons), "samples": kept + dropped}
+def add_up(funnels):
+    """Funnels of files and of ranks -> theirs together. Of the samples five kept and five dropped stay: those
+    with the smallest hashes, which is at random, and in any run the same."""
+    stages, reasons, samples = {}, Counter(), []
+    for funnel in funnels:
+        for stage, row in funnel["stages"].items():  # documents in, lost, bytes in, lost, seconds
+            stages[stage] = [a + b for a, b in zip(row, stages.get(stage, [0] * 5))]
+        reasons.update(funnel.get("reasons", ()))
+        samples += funnel.get("samples", ())
+    kept, dropped = ([sample for sample in sorted(samples) if (sample[1] == "kept") == side][:5]
+                     for side in (True, False))
+    return {"stages": stages, "reasons": dict(reasons), "samples": kept + dropped}
 
 
 def filter_file(settings, out, path):
-    """One file through the stages that need no other: writes its part, then its .json -> the funnel's
-    state."""
-    funnel, filters, kept, dropped = Funnel(), make_filters(settings), [], []
-    clock = time.process_time                        # of this process: others on the machine do not count
-    begin = clock()
+    """One file through the stages that need no other: writes its part, then its .json -> its funnel."""
+    filters, kept, dropped = make_filters(settings), [], []
+    stages, reasons, samples = defaultdict(lambda: [0, 0, 0, 0, 0.0]), Counter(), []
+    begin = time.process_time()                      # of this process: others on the machine do not count
+
+    def passed(stage, size, fate):
+        nonlocal begin
+        now = time.process_time()
+        for i, amount in enumerate((1, int(bool(fate)), size, size if fate else 0, now - begin)):
+            stages[stage][i] += amount
+        begin = now
     for name, text, flaw in documents(path):
-        size = len(text.encode("utf-8", "replace")) if text else 0
-        funnel.count("read", 1, not text, size, 0, clock() - begin)
-        funnel.reasons.update([f"note: {flaw}"] if flaw else ())
+        size = len(text.encode()) if text else 0
         stage, fate = "read", "" if text else flaw or "no text"
+        passed(stage, size, fate)
+        if flaw:
+            reasons[f"note: {flaw}"] += 1
         for stage, find_fault in filters if text else ():
-            begin = clock()
             fate = find_fault(text)
-            funnel.count(stage, 1, bool(fate), size, size * bool(fate), clock() - begin)
+            passed(stage, size, fate)
             if fate:
                 break
         if fate:
-            funnel.reasons[f"{stage}: {fate}"] += 1
-            funnel.sample(f"dropped, {stage}: {fate}", name, text)
+            reasons[f"{stage}: {fate}"] += 1
             dropped.append({"url": name, "stage": stage, "reason": fate})
         else:
-            begin = clock()
             text, masked = mask_pii(text)
-            funnel.count("personal data", 1, 0, size, 0, clock() - begin)
-            funnel.reasons.update({f"masked: {kind}": n for kind, n in masked.items() if n})
-            funnel.sample("kept", name, text)
+            passed("personal data", size, "")
+            reasons.update({f"masked: {kind}": n for kind, n in masked.items() if n})
             kept.append({"text": text, "url": name})
-        begin = clock()
+        samples.append([zlib.crc32(name.encode()), f"dropped, {stage}: {fate}" if fate else "kept", name,
+                        (text or "")[:150]])
     part = part_path(out, path)
     write_jsonl(part, kept)
     write_jsonl(part.with_suffix(".dropped"), dropped)
-    state = {**funnel.state(), "made_from": made_from(settings, path)}
-    # last: it says that the part is whole
-    bpe.write_atomic(part.with_suffix(".json"), json.dumps(state).encode())
-    return state
+    funnel = {**add_up([{"stages": stages, "reasons": reasons, "samples": samples}]),
+              "made_from": [settings, stamp(path)]}
+    bpe.write_atomic(part.with_suffix(".json"), json.dumps(funnel).encode())     # last: the part is whole
+    return funnel
 
 
 def write_jsonl(path, rows):
-    bpe.write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    bpe.write_atomic(path, lambda f: f.writelines((json.dumps(row) + "\n").encode() for row in rows))
 
 
 def read_jsonl(path):
@@ -1557,35 +1508,38 @@ def read_jsonl(path):
 
 
 def part_path(out, path):
-    return Path(out, "parts", f"{path.name}.{zlib.crc32(str(path.resolve()).encode()):08x}.jsonl")
+    """out/parts/NAME.HASH.jsonl holds what is kept of a file; .dropped, .json and .clean stand beside it."""
+    return Path(out, "parts", f"{path.name}.{line_key(str(path.resolve()).encode()):016x}.jsonl")
 
 
-def made_from(settings, path):
-    return [settings, path.stat().st_size, path.stat().st_mtime_ns]
+def stamp(path):
+    return [str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns]
 
 
 def finished(settings, out, path):
     """What an earlier run with the same settings wrote about this file, or None."""
     with contextlib.suppress(OSError, ValueError, KeyError):
-        state = json.loads(part_path(out, path).with_suffix(".json").read_bytes())
-        return state if state["made_from"] == made_from(settings, path) else None
+        funnel = json.loads(part_path(out, path).with_suffix(".json").read_bytes())
+        return funnel if funnel["made_from"] == [settings, stamp(path)] else None
 
 
-def line_place(number, document, line):
+def line_place(number, document, line=0):
     """Where a line stands, in one integer: 19 bits of file, 24 of document, 20 of line. Smaller is earlier,
-    on any rank; without its line it is the document's id."""
+    on any rank; >> 20 it is the document's id."""
+    if number + 1 >> 19 or document >> 24:
+        raise ValueError(f"file {number:,}, document {document:,}: at most {(1 << 19) - 1:,} files of "
+                         f"{1 << 24:,} documents fit into one run; make several")
     return (number << 24 | document) << 20 | min(line, (1 << 20) - 1)
 
 
 def fingerprint(hashes, bands, task):
-    """(number of a file, its part) -> ids, sizes, keys of whole texts, band hashes; keys and places of
-    lines."""
+    """(number of a file, its part) -> ids, sizes, keys of texts, band hashes; keys and places of lines."""
     number, part = task
     rows, lines = [], []
     for i, row in enumerate(read_jsonl(part)):
-        text = row["text"].encode("utf-8", "replace")
+        text = row["text"].encode()
         banded = band_hashes(minhash(shingles(row["text"]), hashes), bands)
-        rows.append((line_place(number, i, 0) >> 20, len(text), line_key(text), banded))
+        rows.append((line_place(number, i) >> 20, len(text), line_key(text), banded))
         lines += [(line_key(line.strip()), line_place(number, i, j))
                   for j, line in enumerate(text.split(b"\n")) if line.strip()]
     ids, sizes, whole, banded = zip(*rows) if rows else ([], [], [], [])
@@ -1600,108 +1554,115 @@ def shingles_of_parts(parts, wanted):
     wanted, files, found = set(wanted), {i >> 24 for i in wanted}, {}
     for number, part in parts:
         for i, row in enumerate(read_jsonl(part)) if number in files else ():
-            if (place := line_place(number, i, 0) >> 20) in wanted:
+            if (place := line_place(number, i) >> 20) in wanted:
                 found[place] = shingles(row["text"])
     return found
 
 
-def deduplicate(parts, ranks, a, funnel):
-    """Exact copies, near copies, repeated lines, in this order -> (ids that stay, places of lines that
-    go)."""
-    begin = time.perf_counter()
-    # of a rank that has no file: empty arrays
-    prints = [fingerprint(a.hashes, a.bands, (0, os.devnull)),
+def deduplicate(parts, ranks, a):
+    """Exact copies, near copies, repeated lines, in this order -> (ids that stay, places of lines that go,
+    both sorted; a funnel). Seconds are of the clock; the hashing for all three counts for the first."""
+    begin, stages = time.perf_counter(), {}
+    prints = [fingerprint(a.hashes, a.bands, (0, os.devnull)),           # a rank without files: empty arrays
               *bpe.parallel_map(fingerprint, parts, a.processes, a.hashes, a.bands)]
     ids, sizes, whole, bands, keys, places = (np.concatenate(column) for column in zip(*prints))
 
-    def lose(stage, gone, begin):
-        funnel.count(stage, len(gone), int(gone.sum()), int(sizes.sum()), int(sizes[gone].sum()),
-                     time.perf_counter() - begin)
+    def lose(stage, gone):
+        nonlocal begin
+        now = time.perf_counter()
+        stages[stage] = [len(gone), int(gone.sum()), int(sizes.sum()), int(sizes[gone].sum()), now - begin]
+        begin = now
         return ~gone
-
-    middle = time.perf_counter()
-    stay = lose("exact copies", is_extra(whole, ids, repeated(whole, ids, ranks)), middle)
+    stay = lose("exact copies", is_extra(whole, ids, repeated(whole, ids, ranks)))
     ids, sizes, bands = ids[stay], sizes[stay], bands[stay]
-    drop, _, _ = near_duplicates(ids, bands, functools.partial(shingles_of_parts, parts), a.jaccard, ranks,
-                                 a.seed)
-    ids = ids[lose("near copies", np.isin(ids, sorted(drop)), begin)]
+    read_again = functools.partial(shingles_of_parts, parts)
+    drop, _ = near_duplicates(ids, bands, read_again, a.jaccard, ranks, a.seed)
+    ids = ids[lose("near copies", np.isin(ids, sorted(drop)))]
     if a.lines == "keep":
-        return set(ids.tolist()), places[:0]
+        return np.sort(ids), places[:0], {"stages": stages}
     alive = np.isin(places >> 20, ids)
     keys, places = keys[alive], places[alive]
     gone = is_extra(keys, places, repeated(keys, places, ranks), a.lines == "first")
-    return set(ids.tolist()), places[gone]
+    return np.sort(ids), np.sort(places[gone]), {"stages": stages}
 
 
 def finish_part(out, stay, gone, task):
-    """Write what is left of a part -> its row of the funnel."""
-    number, part = task
-    gone, kept, counts = set(gone[gone >> 44 == number].tolist()), [], np.zeros(4, np.int64)
-    begin = time.perf_counter()
+    """Write what is left of a part -> its funnel."""
+    (number, part), kept, counts, begin = task, [], np.zeros(4, np.int64), time.perf_counter()
+
+    def of_this_file(places, bits):                  # they are sorted: a file costs what it holds
+        return set(places[slice(*np.searchsorted(places, (number << bits, number + 1 << bits)))].tolist())
+    stay, gone = of_this_file(stay, 24), of_this_file(gone, 44)
     for i, row in enumerate(read_jsonl(part)):
-        if line_place(number, i, 0) >> 20 in stay:
-            lines = [line for j, line in enumerate(row["text"].split("\n"))
-                     if line_place(number, i, j) not in gone]
-            text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-            before, after = (len(t.encode("utf-8", "replace")) for t in (row["text"], text))
+        if line_place(number, i) >> 20 in stay:
+            lines = row["text"].split("\n")
+            text = "\n".join(line for j, line in enumerate(lines) if line_place(number, i, j) not in gone)
+            text = re.sub(r"\n{3,}", "\n\n", text).strip()
+            before, after = len(row["text"].encode()), len(text.encode())
             counts += (1, not text, before, before - after)
             kept += [{**row, "text": text}] if text else []
-    write_jsonl(Path(out, "clean", part.name), kept)
-    return [*counts.tolist(), time.perf_counter() - begin]
+    write_jsonl(part.with_suffix(".clean"), kept)
+    return {"stages": {"repeated lines": [*counts.tolist(), time.perf_counter() - begin]}}
 
 
 def run(a, log=print):
-    """The command `run` -> the report on rank 0, None on the others. a: the flags of `run`, see
-    parse_args."""
+    """The command `run` -> the report on rank 0, None on the others. a: its flags, see parse_args."""
     check_bands(a.hashes, a.bands)
-    files, begin = input_files(a.data), time.perf_counter()
-    settings = json.dumps({name: getattr(a, name) for name in FILTER_FLAGS})
-    make_filters(settings)                           # a model that cannot be read shows before the work
+    out, begin = Path(a.out), time.perf_counter()
+    own = {out.resolve() / "parts", out.resolve() / "clean.jsonl"}       # of an earlier run: no input
+    files = [path for path in input_files(a.data) if not own & {path.resolve(), *path.resolve().parents}]
+    # Whatever cannot be read shows before the work; a model that has changed since makes it all new.
+    models = [getattr(a, name) for name in MODEL_FLAGS if getattr(a, name)]
+    settings = json.dumps({**{name: getattr(a, name) for name in FILTER_FLAGS},
+                           "read": [stamp(path) for path in (*models, *a.evaluation)]})
+    make_filters(settings)
+    bpe.text_files(a.val or [])
+    if a.tokenizer:
+        bpe.load_tokenizer(a.tokenizer)
     ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
     try:
         total = run_files(a, files, settings, ranks, log)
+    except RuntimeError as e:
+        if ranks.size == 1:
+            raise
+        raise ConnectionError(f"rank {ranks.rank} has lost another ({str(e).partition('. ')[0]}): finished "
+                              f"files are kept, start the same command again") from None
     finally:
         ranks.close()
     if ranks.rank:
         return None
-    clean, seconds = Path(a.out, "clean.jsonl"), time.perf_counter() - begin
-    parts = [Path(a.out, "clean", part_path(a.out, path).name) for path in files]
+    clean, seconds = out / "clean.jsonl", time.perf_counter() - begin
+    parts = [part_path(out, path).with_suffix(".clean") for path in files]
     bpe.write_atomic(clean, lambda f: f.writelines(part.read_bytes() for part in parts))
     if not clean.stat().st_size:
-        report(total.state(), log)
+        report(total, log)
         raise ValueError(f"nothing is left of {len(files)} files: see above what dropped it")
-    made = bpe.prepare(a.out, [clean], a.val, a.vocab_size, a.processes, tokenizer=a.tokenizer, log=log)
+    made = bpe.prepare(out, [clean], a.val, a.vocab_size, a.processes, tokenizer=a.tokenizer, log=log)
     info = bpe.token_info(made["train"])
-    result = {**total.state(), "files": len(files), "input_bytes": sum(path.stat().st_size for path in files),
+    result = {**total, "files": len(files), "input_bytes": sum(path.stat().st_size for path in files),
               "seconds": seconds, "tokens": info["tokens"], "bytes_per_token": info["bytes"] / info["tokens"]}
-    bpe.write_atomic(Path(a.out, "report.json"), json.dumps(result, indent=1).encode())
+    bpe.write_atomic(out / "report.json", json.dumps(result, indent=1).encode())
     report(result, log)
     return result
 
 
 def run_files(a, files, settings, ranks, log):
-    """All stages up to the tokenizer, on the files of this rank (every size-th) -> the funnel of all
-    ranks."""
-    mine, funnel = [(i, path) for i, path in enumerate(files) if i % ranks.size == ranks.rank], Funnel()
+    """All stages up to the tokenizer, on every size-th file -> the funnel of all ranks."""
+    mine = [(i, path) for i, path in enumerate(files) if i % ranks.size == ranks.rank]
     before = {path: finished(settings, a.out, path) for _, path in mine}
-    todo = [path for path, state in before.items() if not state]
-    for state in filter(None, before.values()):
-        funnel.add(state)
-    if len(todo) < len(mine):
-        log(f"{len(mine) - len(todo)} of {len(mine)} files were finished before")
+    funnels = [funnel for funnel in before.values() if funnel]
+    todo = [path for path, funnel in before.items() if not funnel]
+    if funnels:
+        log(f"{len(funnels)} of {len(mine)} files were finished before")
     progress = bpe.Progress("filter", len(todo), sys.stderr.isatty(), "files", 1)
-    for done, state in enumerate(bpe.parallel_map(filter_file, todo, a.processes, settings, a.out), 1):
-        funnel.add(state)
+    for done, funnel in enumerate(bpe.parallel_map(filter_file, todo, a.processes, settings, a.out), 1):
+        funnels.append(funnel)
         progress(done)
     progress.close()
     parts = [(i, part_path(a.out, path)) for i, path in mine]
-    stay, gone = deduplicate(parts, ranks, a, funnel)
-    for counts in bpe.parallel_map(finish_part, parts, a.processes, a.out, stay, gone):
-        funnel.count("repeated lines", *counts)
-    total = Funnel()
-    for state in ranks.gather(funnel.state()):
-        total.add(state)
-    return total
+    stay, gone, funnel = deduplicate(parts, ranks, a)
+    left = bpe.parallel_map(finish_part, parts, a.processes, a.out, stay, gone)
+    return add_up(ranks.gather(add_up([*funnels, funnel, *left])))
 
 
 def report(result, log=print):
@@ -1716,15 +1677,18 @@ def report(result, log=print):
                            f"{documents / max(seconds, 1e-3):,.0f}"))
     log("\nwhy: " + "; ".join(f"{reason} {n:,}" for reason, n in Counter(result["reasons"]).most_common(16)))
     for _, fate, name, text in result["samples"]:
-        # a page must not be able to write control codes to a terminal
-        shown = "".join(c if c.isprintable() else " " for c in text)[:60]
-        log(f"  {fate[:40]:41}{name[-30:]:31}{shown}")
+        log(f"  {fate[:40]:41}{printable(name)[-30:]:31}{printable(text)[:60]}")
     if density:
-        rate = result["input_bytes"] / result["seconds"]
-        crawls = ", ".join(f"{n:,} in {n * 75e6 / rate / 86400:,.1f} days" for n in (5000, WET_FILES))
+        days = sum(row[4] for row in result["stages"].values()) / result["input_bytes"] / 86400      # a byte
+        crawls = " and ".join(f"{n:,} in {n * 75e6 * days:,.1f}" for n in (5000, 100_000))
         log(f"\n{result['files']} files, {result['input_bytes'] / 1e6:.1f} MB in {result['seconds']:.1f} s; "
             f"{result['tokens']:,} training tokens of {density:.2f} bytes")
-        log(f"WET files of 75 MB at this rate: {crawls}")
+        log(f"at this rate WET files of 75 MB (a Common Crawl has 100,000): {crawls} days of one core")
+
+
+def printable(text):
+    """What a page may show on a terminal: no control codes, which could write anywhere on it."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 # --- 12. a crawl with planted rubbish, and the proof --------------------------------------------------------
@@ -1732,7 +1696,7 @@ def report(result, log=print):
 def sources(files):
     """[(name, text)]: the docstrings of each file, and the language reference, which comes with Python as
     pydoc's topics (some distributions leave it out)."""
-    found = list(zip([path.name for path in files], bpe.docstrings(files)))
+    found = [("/".join(path.parts[-2:]), text) for path in files for text in bpe.docstrings([path])]
     with contextlib.suppress(ImportError):
         from pydoc_data.topics import topics
         found += sorted(topics.items())
@@ -1740,8 +1704,7 @@ def sources(files):
 
 
 def prose(texts, least=90):
-    """Documents of `least` words or more, joined from the paragraphs of prose in each text, each taken
-    once."""
+    """Documents of `least` words or more, joined from the paragraphs of prose in each text, each once."""
     seen = set()
     for text in texts:
         held = []
@@ -1750,7 +1713,7 @@ def prose(texts, least=90):
             if sentence and line not in seen:
                 seen.add(line)
                 held.append(line)
-            if sum(map(len, held)) > 6 * least and len(" ".join(held).split()) >= least:
+            if len(" ".join(held).split()) >= least:
                 yield "\n\n".join(held)
                 held = []
 
@@ -1825,7 +1788,7 @@ def write_crawl(pages, folder, files):
     for i in range(files):
         records = [warc_record("response", url, page(text, url), http) for _, url, text in pages[i::files]]
         if i == 0:
-            bomb = warc_record("response", "http://example.com/bomb/0", b"<p>" + bytes(40 << 20), http)
+            bomb = warc_record("response", "http://example.com/bomb/0", b"<p>".ljust(40 << 20), http)
             lie = warc_record("response", "http://example.com/lie/0", b"<p>short</p>", packed=False)
             records[3:3] = [bomb, records[0][:200], gzip.compress(lie.replace(b"Length: 12", b"Length: 999"))]
         paths.append(Path(folder, f"crawl-{i}.warc.gz"))
@@ -1836,15 +1799,20 @@ def write_crawl(pages, folder, files):
 def train_judges(good, rng, folder):
     """From good documents that are not in the crawl: a classifier that knows them from rubbish, and an n-gram
     model with the perplexity that 3% of good text exceeds -> flags of `run`."""
-    words, cut = plain_words(good), len(good) // 5
-    bad = [rubbish(rng.choice(("shuffled", "spun", "spam")), text, rng, words) for text in good]
-    labels = ["high"] * len(good) + ["low"] * len(bad)
-    TextClassifier().fit(good + bad, labels, epochs=15).save(folder / "judge.npz")
-    lm = KneserNey(3).fit(sentence for text in good[cut:] for sentence in plain_sentences(text))
-    lm.write_arpa(folder / "good.arpa")
-    limit = np.quantile([lm.perplexity(plain_sentences(text)) for text in good[:cut]], 0.97)
+    def fit(texts):
+        return KneserNey(3).fit(sentence for text in texts for sentence in plain_sentences(text))
+    # Every text stands in each guise, and as often as it is: so its words say nothing, only their order does.
+    words, kinds = plain_words(good), ("shuffled", "spun", "spam")
+    bad = [rubbish(kind, text, rng, words) for text in good for kind in kinds]
+    labels = ["high"] * len(bad) + ["low"] * len(bad)
+    TextClassifier().fit(good * len(kinds) + bad, labels, epochs=15).save(folder / "judge.npz")
+    perplexities = []                                # of each fifth by a model of the other four
+    for fifth in range(5):
+        lm = fit(text for i, text in enumerate(good) if i % 5 != fifth)
+        perplexities += [lm.perplexity(plain_sentences(text)) for text in good[fifth::5]]
+    fit(good).write_arpa(folder / "good.arpa")
     return ["--quality", str(folder / "judge.npz"), "--arpa", str(folder / "good.arpa"),
-            "--max_perplexity", f"{limit:.0f}"]
+            "--max_perplexity", f"{np.quantile(perplexities, 0.97):.0f}"]
 
 
 def make_planted(out, limit, every, files, seed=0):
@@ -1852,19 +1820,20 @@ def make_planted(out, limit, every, files, seed=0):
     (the pages, the paths of their WARC files, the flags for `run`)."""
     rng, folder = random.Random(seed), Path(out, "crawl")
     found = sources(bpe.corpus_files()[::every])
-    # one source in ten is held out; of these a quarter is a benchmark that leaks into the crawl, the rest the
-    # test
+    # One source in ten is held out; of these a quarter is a benchmark that leaks into the crawl, the rest is
+    # the test.
     good, test = (list(prose(text for name, text in found if (zlib.crc32(name.encode()) % 10 == 0) == side))
                   for side in (False, True))
     rng.shuffle(good)
     reference, good = good[:len(good) // 4], good[len(good) // 4:][:limit or None]
-    pages = plant(good, test[::4], rng)
+    benchmark, held_out = test[::4], [text for i, text in enumerate(test) if i % 4]
+    pages = plant(good, benchmark, rng)
     paths = write_crawl(pages, folder, files)
-    for name, texts in (("benchmark", test[::4]), ("held_out", test[1::4] + test[2::4] + test[3::4])):
+    for name, texts in (("benchmark", benchmark), ("held_out", held_out)):
         write_jsonl(folder / f"{name}.jsonl", ({"text": text} for text in texts))
-    flags = {"--evaluation": folder / "benchmark.jsonl", "--val": folder / "held_out.jsonl", "--out": out}
     return pages, paths, ["--data", *map(str, paths), *train_judges(reference, rng, folder),
-                          *(str(word) for pair in flags.items() for word in pair)]
+                          "--evaluation", str(folder / "benchmark.jsonl"),
+                          "--val", str(folder / "held_out.jsonl"), "--out", str(out)]
 
 
 def score_filters(pages, out, paths, log=print):
@@ -1893,32 +1862,19 @@ def score_filters(pages, out, paths, log=print):
 
 
 def prove(a, log=print):
-    """The command `prove`: the same model at equal tokens on raw, filtered, and filtered and deduplicated
-    text."""
+    """The command `prove`: the same model at equal tokens on raw, filtered, and deduplicated text."""
     pages, paths, flags = make_planted(a.out, a.documents, 1, 4, a.seed)
     run(parse_args(["run", *flags, "--processes", str(a.processes)]), log)
     score_filters(pages, a.out, paths, log)
-    variants, results = {"raw": [{"text": html_to_text(page(text, url).decode())} for _, url, text in pages],
-                         "filtered": [row for path in paths for row in read_jsonl(part_path(a.out, path))],
-                         "deduplicated": list(read_jsonl(Path(a.out, "clean.jsonl")))}, {}
-    for name, rows in variants.items():
+    raw = [{"text": html_to_text(page(text, url).decode())} for _, url, text in pages]
+    filtered = [row for path in paths for row in read_jsonl(part_path(a.out, path))]
+    deduplicated = list(read_jsonl(Path(a.out, "clean.jsonl")))
+    results = {}
+    for name, rows in (("raw", raw), ("filtered", filtered), ("deduplicated", deduplicated)):
         random.Random(a.seed).shuffle(rows)
         data = Path(a.out, "prove", f"{name}.jsonl")
         write_jsonl(data, rows)
-        given = {"--data": data, "--val": Path(a.out, "crawl", "held_out.jsonl"),
-                 "--tokenizer": Path(a.out, "tokenizer.json"), "--tokens": a.tokens,
-                 "--sweep": "seed=" + ",".join(map(str, range(a.seeds))), "--out": data.with_suffix("")}
-        command = [sys.executable, str(Path(__file__).with_name("train.py")),
-                   *(str(word) for pair in given.items() for word in pair), *shlex.split(a.train_flags)]
-        log("\n" + shlex.join(command[1:]))
-        found = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            for line in process.stdout:
-                log(line.rstrip())
-                found += map(float, re.findall(r"\| seed=\d+ .*?([\d.]+) bits/byte", line))
-        if process.returncode or not found:
-            raise ValueError(f"train.py failed with exit status {process.returncode}: see its message above")
-        results[name] = (len(rows), sum(len(row["text"].encode()) for row in rows), found)
+        results[name] = (len(rows), sum(len(row["text"].encode()) for row in rows), train_on(data, a, log))
     log(f"\nBits per byte of held-out text after {a.tokens:,} tokens, {a.seeds} seeds")
     log(f"  {'data':14}{'documents':>10}{'MB':>8}{'mean':>9}{'least':>9}{'most':>9}{'against raw':>13}")
     for name, (count, size, values) in results.items():
@@ -1926,6 +1882,24 @@ def prove(a, log=print):
         log(f"  {name:14}{count:10,}{size / 1e6:8.2f}{mean:9.4f}{min(values):9.4f}{max(values):9.4f}"
             f"{mean - raw:+13.4f}")
     return results
+
+
+def train_on(data, a, log):
+    """Runs train.py once a seed -> [bits per byte of the held-out text]."""
+    given = {"--data": data, "--val": Path(a.out, "crawl", "held_out.jsonl"),
+             "--tokenizer": Path(a.out, "tokenizer.json"), "--tokens": a.tokens,
+             "--sweep": "seed=" + ",".join(map(str, range(a.seeds))), "--out": data.with_suffix("")}
+    command = [sys.executable, str(Path(__file__).with_name("train.py")),
+               *(str(word) for pair in given.items() for word in pair), *shlex.split(a.train_flags)]
+    log("\n" + shlex.join(command[1:]))
+    found = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            log(line.rstrip())
+            found += map(float, re.findall(r"\| seed=\d+ .*?([\d.]+) bits/byte", line))
+    if process.returncode or not found:
+        raise ValueError(f"train.py failed with exit status {process.returncode}: see its message above")
+    return found
 
 
 # --- 13. demo and command line ------------------------------------------------------------------------------
@@ -1964,14 +1938,13 @@ def measure_bloom(n, rate):
 
 def plot_s_curve(path, similarities, measured, bands, rows, pyplot):
     grid = np.linspace(0, 1, 201)
-    figure, axes = pyplot.subplots(figsize=(6.5, 4))
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="tight")
     for b, r in ((bands, rows), (5, 10), (20, 5), (50, 10)):
         axes.plot(grid, s_curve(grid, b, r), label=f"{b} bands of {r}", lw=1 + ((b, r) == (bands, rows)))
     axes.plot(similarities, measured, "ko", label=f"measured, {bands} bands of {rows}")
     axes.axvline((1 / bands) ** (1 / rows), color="grey", ls=":", label="(1/b)^(1/r)")
     axes.set(xlabel="Jaccard similarity of a pair", ylabel="probability that the pair is compared")
     axes.legend(fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     print(f"\nsaved {path}")
@@ -1979,11 +1952,11 @@ def plot_s_curve(path, similarities, measured, bands, rows, pyplot):
 
 def demo(out=Path("out/data")):
     """The lecture's claims, measured on a small crawl in which everything is labelled."""
-    import model as M                                # table and pyplot; its torch takes 2 s to load
     pages, paths, flags = make_planted(out, 400, 8, 2)
     print(f"{len(pages):,} pages in {len(paths)} WARC files: prose of Python's library, and rubbish")
     run(parse_args(["run", *flags]))
     score_filters(pages, out, paths)
+    import model as M                                # table and pyplot; its torch takes 2 s to load
     bands, rows, similarities = 14, 8, (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9)
     measured = measure_minhash(similarities, bands, rows, 300, np.random.default_rng(0))
     table = [[f"pairs of J = {j} that share one of {bands} bands of {rows}", f"{s_curve(j, bands, rows):.3f}",
@@ -1995,8 +1968,7 @@ def demo(out=Path("out/data")):
         expected, found = measure_bloom(20_000, rate)
         table.append([f"false positives of a Bloom filter for {rate:g}", f"{expected:.5f}", f"{found:.5f}"])
     M.table("predicted and measured", ["", "predicted", "measured"], table)
-    pyplot = M.pyplot()
-    if pyplot:
+    if pyplot := M.pyplot():
         plot_s_curve(out / "data.png", similarities, [hit for hit, _ in measured], bands, rows, pyplot)
 
 
@@ -2009,11 +1981,11 @@ def run_warc(a):
             size += len(record.body)
             flaws.update([record.flaw] if record.flaw else ())
             if number < a.show:
-                print(f"{record.type:12}{len(record.body):9,} bytes  {record.url}  {record.flaw}")
+                print(printable(f"{record.type:12}{len(record.body):9,} bytes  {record.url}  {record.flaw}"))
         rate = kinds.total() / (time.perf_counter() - begin)
         listed = ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
-        print(f"{path}: {kinds.total():,} records ({listed}), {size / 1e6:.1f} MB, {rate:,.0f} records/s; "
-              f"flaws: {dict(flaws) or 'none'}")
+        print(printable(f"{path}: {kinds.total():,} records ({listed}), {size / 1e6:.1f} MB, {rate:,.0f} "
+                        f"records/s; flaws: {dict(flaws) or 'none'}"))
 
 
 def each_document(a):
@@ -2025,7 +1997,7 @@ def each_document(a):
 
 def run_extract(a):
     for name, text in each_document(a):
-        print(f"--- {name}\n{text}")
+        print(f"--- {printable(name)}\n{CONTROLS.sub('', text)}")
 
 
 def label(a, judge):
@@ -2034,7 +2006,7 @@ def label(a, judge):
     for name, text in each_document(a):
         first, *rest = judge(text)
         counts[first] += 1
-        print(first, *(f"{v:.3f}" if isinstance(v, float) else v for v in rest), name, sep="  ")
+        print(first, *(f"{v:.3f}" if isinstance(v, float) else v for v in rest), printable(name), sep="  ")
     print("; ".join(f"{kind} {n:,}" for kind, n in counts.most_common()) or "no documents")
 
 
@@ -2048,31 +2020,39 @@ def run_rules(a):
 
 
 def run_pii(a):
+    """What was found in each document, and of the first --show that hold any the masked text."""
+    shown = itertools.count(1)
+
     def count(text):
         masked, counts = mask_pii(text)
         found = ", ".join(f"{n} {kind}" for kind, n in counts.items() if n)
-        return found or "none", *([f"\n{masked}\n"] if a.show and found else [])
+        in_full = found and next(shown) <= a.show
+        return found or "none", *([f"\n{CONTROLS.sub('', masked)}\n"] if in_full else [])
     label(a, count)
 
 
 def run_classify(a):
     """--train: learn, count what is right on a tenth held out, save. --data: label documents."""
+    if not a.train and not a.data:
+        raise ValueError("classify: give --train FILE to learn, --data FILE to label, or both")
     if a.train:
-        pairs = list(zip(*labelled_texts(a.train)))
-        held = [zlib.crc32(text.encode()) % 10 == 0 for text, _ in pairs]
-        learn, test = ([pair for pair, h in zip(pairs, held) if h == side] for side in (False, True))
-        trained = TextClassifier(seed=a.seed).fit(*zip(*learn))
+        learn, test = [], []
+        for text, y in zip(*labelled_texts(a.train)):
+            (learn if word_values([text])[0] % 10 else test).append((text, y))
+        trained = TextClassifier(seed=a.seed).fit([x for x, _ in learn], [y for _, y in learn])
         trained.save(a.model)
         print(f"{a.model}: {len(learn):,} texts, labels {', '.join(trained.labels)}; "
               f"{sum(trained.classify(x)[0] == y for x, y in test):,} of {len(test):,} held-out texts right")
     if a.seed_task:
-        print(f"note: the {a.seed_task} classifier has seen eight sentences; train your own with --train")
+        print(f"note: the {a.seed_task} classifier has seen four sentences; train your own with --train")
     if a.data:
         label(a, (seed_classifier(a.seed_task) if a.seed_task else TextClassifier.load(a.model)).classify)
 
 
 def run_ngram(a):
     """--train: learn and write --arpa. --data: the perplexity of each document, and which third it is in."""
+    if not a.train and not a.data:
+        raise ValueError("ngram: give --train FILE to learn, --data FILE to score, or both")
     if a.train:
         texts = bpe.read_documents(bpe.text_files(a.train), "replace")
         lm = KneserNey(a.order).fit(line for text in texts for line in plain_sentences(text))
@@ -2099,43 +2079,48 @@ def run_dedup(a):
     if a.by == "documents":
         dropped = minhash_deduplication(paths, a.out, a.hashes, a.bands, 5, a.jaccard)
         print(f"{len(paths) - len(dropped):,} of {len(paths):,} files kept; dropped:", *dropped)
-    elif a.by == "lines":
-        print(f"{exact_line_deduplication(paths, a.out, a.lines == 'first'):,} lines dropped")
-    else:
+    elif a.by == "paragraphs":
         print(f"{paragraph_deduplication(paths, a.out):,} paragraphs dropped")
+    elif a.lines == "keep":
+        raise ValueError("--by lines --lines keep would drop nothing: give --lines first or --lines all")
+    else:
+        print(f"{exact_line_deduplication(paths, a.out, a.lines == 'first'):,} lines dropped")
 
 
 def run_decontaminate(a):
-    index, rows = EvaluationIndex(evaluation_items(a.evaluation)), []
+    index, counts = EvaluationIndex(evaluation_items(a.evaluation)), Counter()
     path = Path(a.out, "decontaminated.jsonl")
-    for name, text in each_document(a):
-        item = index.find(text)
-        rows.append((item, {"text": text, "url": name}))
-        if item:
-            print(f"{name} holds 13 words of {item}")
-    write_jsonl(path, (row for item, row in rows if not item))
-    dropped = sum(item is not None for item, _ in rows)
-    print(f"{path}: {dropped:,} documents dropped, {len(rows) - dropped:,} kept; {index.skipped} evaluation "
-          f"items have under 13 words")
+
+    def kept():
+        for name, text in each_document(a):
+            item = index.find(text)
+            counts[bool(item)] += 1
+            if item:
+                print(f"{printable(name)} holds {index.n} words of {item}")
+            else:
+                yield {"text": text, "url": name}
+    write_jsonl(path, kept())
+    print(f"{path}: {counts[True]:,} documents dropped, {counts[False]:,} kept; {index.skipped} evaluation "
+          f"items have under {index.n} words")
 
 
 def run_mix(a):
-    sources = {}
+    sources, taken, path = defaultdict(list), Counter(), Path(a.out, "mixed.jsonl")
     for given in a.data:
-        name, equals, path = given.partition("=")
+        name, equals, source = given.partition("=")
         if not equals:
             raise ValueError(f"--data {given}: give NAME=FILE, as in --data web=web.jsonl code=code.jsonl")
-        sources[name] = [text for file in input_files([path]) for _, text, _ in documents(file) if text]
-    taken, stages = Counter(), [parse_stage(given) for given in a.stages]
+        sources[name] += [text for file in input_files([source]) for _, text, _ in documents(file) if text]
+    stages = [parse_stage(given) for given in a.stages]
 
     def rows():
         for name, text in mix(sources, stages, a.megabytes * 1e6):
             taken[name] += len(text.encode())
             yield {"text": text, "source": name}
-    write_jsonl(Path(a.out, "mixed.jsonl"), rows())
-    epochs = {name: size / sum(len(text.encode()) for text in sources[name]) for name, size in taken.items()}
-    print(f"{Path(a.out, 'mixed.jsonl')}: " + ", ".join(
-        f"{name} {size / 1e6:.2f} MB, {size / taken.total():.1%}, {epochs[name]:.2f} epochs"
+    write_jsonl(path, rows())
+    whole = {name: sum(len(text.encode()) for text in sources[name]) for name in taken}
+    print(f"{path}: " + ", ".join(
+        f"{name} {size / 1e6:.2f} MB, {size / taken.total():.1%}, {size / whole[name]:.2f} epochs"
         for name, size in taken.items()))
 
 
@@ -2144,7 +2129,7 @@ def parse_stage(given):
     found = re.fullmatch(r"(\d+\.?\d*):(\w+=\d+\.?\d*(?:,\w+=\d+\.?\d*)*)", given)
     weights = dict(pair.split("=") for pair in found[2].split(",")) if found else {}
     weights = {name: float(weight) for name, weight in weights.items()}
-    if not weights or not all(weights.values()):
+    if not weights or not all(weights.values()) or not float(found[1]):
         raise ValueError(f"--stages {given}: give SHARE:NAME=WEIGHT,..., as in 0.9:web=8,code=2")
     return float(found[1]), weights
 
@@ -2174,13 +2159,14 @@ def files(text, **more):
 FLAGS = {
     "--data": files("WARC, WET, HTML, .jsonl(.gz) and .txt(.gz) files, or folders of them"),
     "--out": dict(default="out/data", metavar="DIR", help="folder to write (default out/data)"),
-    "--processes": number(bpe.default_processes(), "worker processes", 1),
+    "--processes": number(bpe.default_processes(), "worker processes (of each rank)", 1),
     "--seed": number(0, "of samples and choices"),
     "--show": number(0, "print this many in full"),
     "--languages": dict(nargs="+", default=["en"], metavar="CODE", help="languages to keep, or any (en)"),
     "--min_language": number(0.65, "least score of the language", 0, 1),
     "--lid176": dict(metavar="FILE", help="fastText's lid.176.bin or .ftz; without it 28 languages"),
-    "--rules": dict(action=argparse.BooleanOptionalAction, default=True, help="Gopher, repetition, C4 rules"),
+    "--rules": dict(action=argparse.BooleanOptionalAction, default=True,
+                    help="Gopher, repetition, C4 rules (not for languages without blanks)"),
     "--quality": dict(metavar="FILE", help="a classifier of high and low"),
     "--min_quality": number(0.5, "least score of high", 0, 1),
     "--toxic": dict(metavar="FILE", help="a classifier of toxic and others"),
@@ -2200,7 +2186,7 @@ FLAGS = {
     "--tokenizer": dict(metavar="FILE", help="a tokenizer.json to use instead of training one"),
     "--train": files("texts to learn from"),
     "--model": dict(metavar="FILE", default="out/data/classifier.npz", help="the classifier (%(default)s)"),
-    "--seed_task": dict(choices=SEEDS, help="use a classifier of eight sentences: to see one work, no more"),
+    "--seed_task": dict(choices=SEEDS, help="use a classifier of four sentences: to see one work, no more"),
     "--order": number(5, "words of the longest n-gram", 1),
     "--target": files("texts to resemble"),
     "--count": number(1000, "documents to choose", 1),
@@ -2255,7 +2241,8 @@ def main(argv=None):
     try:
         args.run(args) if args.command else demo()
     except KeyboardInterrupt:
-        print("\ndata.py: interrupted; finished files are kept: the same command goes on", file=sys.stderr)
+        kept = "; finished files are kept: the same command goes on" if args.command == "run" else ""
+        print(f"\ndata.py: interrupted{kept}", file=sys.stderr)
         return 130
     except BrokenPipeError:                          # the reader of our output (head, less) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

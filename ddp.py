@@ -11,8 +11,9 @@ Equations
        all-reduce     = reduce-scatter, then all-gather: each P-1 messages of n/P bytes a rank
        data parallel  mean over ranks of the mean over their tokens = mean over all tokens (equal shares)
        ring attention softmax over two sets of keys:  Z = Z1 + Z2,  out = (Z1 out1 + Z2 out2) / Z
-       limit          2 (P-1)/P n b / W  <=  4 B/P n / C   <=>   P <= 1 + 2 B W / (b C)
-                      n weights, b bytes a gradient, B tokens a step, W bytes/s, C FLOP/s
+       useful ranks   n weights; sending hides behind backward while
+                      2 (P-1)/P n gradient_bytes / bandwidth <= 4 n tokens / P / flops       (bytes/s, FLOP/s)
+                      <=>  P <= 1 + 2 tokens bandwidth / (gradient_bytes flops)
 
 Run    python ddp.py                                        # the lecture, on two local ranks
        python ddp.py --steps 200                            # train on two local ranks
@@ -21,23 +22,16 @@ Run    python ddp.py                                        # the lecture, on tw
        python ddp.py --bench_collectives 1,10,100           # all-reduce and its family, at these megabytes
 
 You should see (two ranks on two cores beside other jobs, load 6; shortened)
-       All-reduce of 4,800,000 bytes on 2 ranks by hand: what one rank sends
-                                        messages  counted      bytes    counted  error against torch
-         whole tensors around the ring         1        1  4,800,000  4,800,000                0e+00
-         reduce-scatter, all-gather            2        2  4,800,000  4,800,000                0e+00
        Averaging 93 gradients on 2 ranks; a step: computing, 257.5 ms, and what is not hidden of the messages
                      messages      bytes    counted  ms alone  hidden  ms a step  measured  error, 5 steps
          naive             93  2,402,560  2,402,560     168.4      0%      425.9     440.9           1e-06
          flat               1  2,402,560  2,402,560      23.3      0%      280.8     258.0           1e-06
          overlapped        93  2,402,560  2,402,560      79.1     57%      291.8     399.2           1e-06
          bucketed          11  2,402,560  2,402,560      26.1     97%      258.2     321.9           1e-06
-       256 tokens on 2 ranks, 4 heads, 2 key/value heads
-                    bytes  counted  relative error of gradients
-         ring     786,432  786,432                        9e-07
-         ulysses  786,432  786,432                        4e-07
        Ranks until averaging shows: 4,000,000 tokens a step, bf16, 396 TFLOP/s
          wires           bytes/s  ranks
          NVLink          4.5e+11  4,551
+         PCIe 5 x16      6.0e+10    608
          InfiniBand NDR  5.0e+10    507
          10 Gb Ethernet  1.2e+09     13
        On CPUs messages take time from computing: what the timeline hides saves the waiting alone.
@@ -46,9 +40,8 @@ Outline  1 eight collectives, counted    2 rings by hand      3 data parallelism
          4 sequence parallelism          5 what it must cost  6 ranks: started, watched, ended
          7 training                      8 the lecture        9 command line
 
-Wires, bytes/s one way: memory of an H100 3.4e12, NVLink 4.5e11, PCIe 5 x16 6e10, InfiniBand NDR 5e10, 10 Gb
-Ethernet 1.2e9. Each step outwards costs up to a factor of ten, so the principle of both lectures: move as few
-bytes as you can, over as short a way. Messages go by nccl on GPUs and by gloo on CPUs; the code is the same.
+The principle of both lectures: move as few bytes as you can, over as short a way. An H100 reads its own
+memory at 3.4e12 bytes/s; each step outwards, WIRES below, costs up to a factor of ten.
 
 References  Patarasuk & Yuan 2009 (ring all-reduce), Li et al. 2020 (PyTorch DDP: buckets, overlap), Liu et
             al. 2023 (ring attention), Brandon et al. 2023 (striped) and Llama Team 2024 (zig-zag),
@@ -62,14 +55,16 @@ import json
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import statistics
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
+from dataclasses import asdict
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import bpe
 import model as M                                          # before torch: it sets how CPU threads wait
@@ -80,9 +75,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.profiler import profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-# Letters: P ranks (C of them share a sequence), B sequences, T tokens, N query heads, K key/value heads, H
-# head dim, G = N/K. The bytes of a collective are those of the whole tensor: what all-gather ends with.
+# Letters: P ranks, of which C share a sequence; B sequences, T tokens, N query heads, K key/value heads, H
+# head dim, G = N/K. The bytes of a collective are those of the whole tensor: what an all-gather ends with.
+# Messages go by nccl on GPUs and by gloo on CPUs; the code is the same.
+
+# Bytes/s one way.
+WIRES = {"NVLink": 4.5e11, "PCIe 5 x16": 6e10, "InfiniBand NDR": 5e10, "10 Gb Ethernet": 1.2e9}
 
 # torch 2.13 gave these two a new name and warns about the old one.
 all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -118,33 +118,26 @@ def eight_collectives(x):
 
 class Count(TorchDispatchMode):
     """with Count() as c: ...   counts the collectives that this process issues, in backward and hooks, too:
-    c.calls and c.payload (bytes) by kind. c.sent(P) is what the wires carry for them."""
-    # Times (P-1)/P of the whole tensor, sent by each rank when the collective is done as a ring.
+    c.calls and c.payload (bytes) by kind; c.sent(P) is what this rank sends for them."""
+    # As a ring, a collective makes each rank send this many times (P-1)/P of the whole tensor.
     PASSES = {"allreduce_": 2, "_allgather_base_": 1, "_reduce_scatter_base_": 1, "alltoall_base_": 1}
 
     def __init__(self):
         super().__init__()
-        self.calls, self.payload = {}, {}
+        self.calls, self.payload = Counter(), Counter()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "c10d":
             kind = op._schema.name.removeprefix("c10d::")
-            self.calls[kind] = self.calls.get(kind, 0) + 1
-            # Input and output may differ in size: the larger is the whole tensor.
-            self.payload[kind] = self.payload.get(kind, 0) + max(map(tensor_bytes, args))
+            sizes = [sum(t.nbytes for t in tree_leaves(arg) if torch.is_tensor(t)) for arg in args]
+            self.calls[kind] += 1
+            self.payload[kind] += max(sizes)               # of input and output the larger is the whole
         return op(*args, **(kwargs or {}))
 
     def sent(self, P):
         """Bytes that this rank sends, all kinds together."""
-        ring = sum(passes * self.payload.get(kind, 0) for kind, passes in self.PASSES.items())
-        return ring * (P - 1) / P + self.payload.get("send", 0)
-
-
-def tensor_bytes(arg):
-    """Bytes of a tensor or of the tensors in a list (of lists); anything else has none."""
-    if isinstance(arg, (list, tuple)):
-        return sum(map(tensor_bytes, arg))
-    return arg.nbytes if torch.is_tensor(arg) else 0
+        ring = sum(passes * self.payload[kind] for kind, passes in self.PASSES.items())
+        return ring * (P - 1) / P + self.payload["send"]
 
 
 # --- 2. rings by hand ---------------------------------------------------------------------------------------
@@ -152,23 +145,23 @@ def tensor_bytes(arg):
 # link is busy in every step.
 
 def start_shift(t, group=None):
-    """Send t to the next rank while the previous one's arrives -> (what arrives, works to wait for)."""
+    """Send t to the next rank while the previous one's arrives -> a function that waits for that, and returns
+    it."""
     group, arriving = group or dist.group.WORLD, torch.empty_like(t)
     r, P = dist.get_rank(group), dist.get_world_size(group)
     following, previous = (dist.get_global_rank(group, (r + step) % P) for step in (1, -1))
-    return arriving, dist.batch_isend_irecv([dist.P2POp(dist.isend, t, following, group),
-                                             dist.P2POp(dist.irecv, arriving, previous, group)])
+    works = dist.batch_isend_irecv([dist.P2POp(dist.isend, t, following, group),
+                                    dist.P2POp(dist.irecv, arriving, previous, group)])
 
-
-def finish(works):
-    for work in works:
-        work.wait()
+    def arrived():
+        for work in works:
+            work.wait()
+        return arriving
+    return arrived
 
 
 def shift(t, group=None):
-    arriving, works = start_shift(t, group)
-    finish(works)
-    return arriving
+    return start_shift(t, group)()
 
 
 def ring_all_reduce_naive(x):
@@ -221,8 +214,9 @@ def average(t, async_op=False):
 class NaiveDDP(nn.Module):
     """One all-reduce a parameter, after the backward pass: each pays its latency, and none is hidden.
 
-    find_unused: in some steps some parameters get no gradient, on some ranks or on all. Then a byte for each
-    tells who has one: used by nobody, it stays None (zeros would decay it), else the others send zeros.
+    find_unused: for models where in some steps some parameters get no gradient, on some ranks or on all. A
+    byte each then tells who has one. Used by nobody, it stays None: zeros would let the optimizer decay it.
+    Used somewhere, the others send zeros.
     """
     def __init__(self, module, bucket_mb=25.0, find_unused=False):
         super().__init__()
@@ -230,7 +224,8 @@ class NaiveDDP(nn.Module):
         for t in [*module.parameters(), *module.buffers()]:
             dist.broadcast(t.detach(), src=0)
         self.params = [p for p in module.parameters() if p.requires_grad]    # a tied one is listed once
-        # All ranks send a group's messages in one order; among those of hooks this one has no fixed place.
+        # These bytes go in a group of their own: within a group all ranks must send in one order, and when
+        # backward ends, the hooks below may have sent more on one rank than on another.
         self.used_group = dist.new_group(backend="gloo") if find_unused else None
 
     def forward(self, *args, **kwargs):
@@ -296,21 +291,20 @@ class OverlappedDDP(NaiveDDP):
         return [[p] for p in reversed(self.params)]
 
     def start_over(self):
-        self.missing, self.sent, self.works = [len(unit) for unit in self.units], 0, []
+        self.missing = [len(unit) for unit in self.units]  # gradients that each unit still waits for
+        self.sent, self.works = 0, []                      # units gone, messages under way
 
     def on_ready(self, p):
-        if self.syncing:
-            unit = self.unit_of[p]
-            if self.missing[unit] == 0:
-                raise RuntimeError("a second backward pass before finish_gradient_synchronization(): "
-                                   "put all but the last under no_sync()")
-            self.missing[unit] -= 1
-            while self.sent < len(self.units) and self.missing[self.sent] == 0:
-                self.send_next()
-
-    def send_next(self):
-        self.send(self.units[self.sent])
-        self.sent += 1
+        if not self.syncing:
+            return
+        unit = self.unit_of[p]
+        if self.missing[unit] == 0:
+            raise RuntimeError("a second backward pass before finish_gradient_synchronization(): "
+                               "put all but the last under no_sync()")
+        self.missing[unit] -= 1
+        while self.sent < len(self.units) and self.missing[self.sent] == 0:
+            self.send(self.units[self.sent])
+            self.sent += 1
 
     def send(self, unit):
         if unit[0].grad is not None:                       # None: nobody used it, so nobody sends it
@@ -318,9 +312,10 @@ class OverlappedDDP(NaiveDDP):
 
     def finish_gradient_synchronization(self):
         self.fill_unused()
-        while self.sent < len(self.units):                 # an unused parameter held these back
-            self.send_next()
-        finish(self.works)
+        for unit in self.units[self.sent:]:                # an unused parameter held these back
+            self.send(unit)
+        for work in self.works:
+            work.wait()
         self.start_over()
 
 
@@ -376,11 +371,25 @@ def my_positions(rank, C, T, zigzag):
 
 
 def visible(r, j, n):
-    """What rank r's n zig-zag tokens see of rank j's -> (queries, keys, causal). No mask off the diagonal:
-    all of mine see an earlier rank's first piece; my second piece sees both of a later one's."""
+    """What rank r's n tokens see of rank j's -> (queries, keys, causal). Rank j holds pieces j and 2C-1-j.
+    j < r: the first lies before both of mine, the other after both. j > r: both lie between my two. So a
+    block is seen in whole halves, and only my own needs a mask."""
     if j == r:
         return slice(None), slice(None), True
     return (slice(None), slice(n // 2), False) if j < r else (slice(n // 2, None), slice(None), False)
+
+
+def passing_blocks(k, v, group):
+    """Each rank's k and v (B,K,n,H) go around: in step s rank r has those of rank r-s at hand, while they are
+    on their way to the next. Yields (queries, keys, causal, k, v), k and v cut to what is visible."""
+    r, C = dist.get_rank(group), dist.get_world_size(group)
+    block = torch.stack((k, v))                                              # (2,B,K,n,H): one message
+    for step in range(C):
+        coming = start_shift(block, group) if step < C - 1 else None
+        queries, keys, causal = visible(r, (r - step) % C, k.shape[2])
+        yield queries, keys, causal, *block[..., keys, :]
+        if coming:
+            block = coming()
 
 
 def attention_scores(q, k, causal):
@@ -390,32 +399,25 @@ def attention_scores(q, k, causal):
 
 
 class RingAttention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(H)) v over keys that lie on C ranks. q (B,N,T/C,H), k and v (B,K,T/C,H), zig-zag.
+    """softmax(q k^T / sqrt(H)) v over keys that lie on C ranks. q (B,N,n,H), k and v (B,K,n,H), n = T/C.
 
-    In step s this rank meets the keys and values of rank r-s, already on their way to the next rank. out and
-    log Z are kept as if the softmax ended there, and each block mends them. Backward goes round
-    again: with the final log Z each block's probabilities come back exactly, and a block's gradients
-    travel with it until they are home.      Bytes: C-1 blocks forward, 2 (C-1) backward.
-    The scores of a block, (T/C)^2 / 2 a head, are formed in memory: a fused kernel's place is here.
+    out and log Z are kept as if the softmax ended with the blocks seen so far, and each block mends them.
+    Backward goes round again: with the final log Z each block's probabilities come back exactly, and a
+    block's gradients travel with it until they are home.      Bytes: C-1 blocks forward, 2 (C-1) backward.
+    The scores of a block, n^2/2 a head, are formed in memory: a fused kernel's place is here.
     """
     @staticmethod
     def forward(ctx, q, k, v, group):
-        r, C, n = dist.get_rank(group), dist.get_world_size(group), q.shape[2]
-        q, block = q.unflatten(1, (k.shape[1], -1)), torch.stack((k, v))     # (B,K,G,n,H), (2,B,K,n,H)
+        q = q.unflatten(1, (k.shape[1], -1))                                 # (B,K,G,n,H)
         out = torch.zeros_like(q, dtype=torch.promote_types(q.dtype, torch.float32))
         log_z = torch.full_like(out[..., :1], -math.inf)                     # (B,K,G,n,1)
-        for step in range(C):
-            coming, works = start_shift(block, group) if step < C - 1 else (None, [])
-            queries, keys, causal = visible(r, (r - step) % C, n)
-            k_block, v_block = block[..., keys, :]
+        for queries, keys, causal, k_block, v_block in passing_blocks(k, v, group):
             scores = attention_scores(q[..., queries, :], k_block, causal)
             before, here = log_z[..., queries, :], scores.logsumexp(-1, keepdim=True)
             both = torch.logaddexp(before, here)                             # Z = Z1 + Z2
             out[..., queries, :] *= (before - both).exp()                    # Z1/Z out1 + Z2/Z out2
             out[..., queries, :] += (scores - both).exp().to(v.dtype) @ v_block[:, :, None]
             log_z[..., queries, :] = both
-            finish(works)
-            block = coming
         ctx.save_for_backward(q, k, v, out, log_z)
         ctx.group = group
         return out.flatten(1, 2).to(q.dtype)
@@ -425,26 +427,20 @@ class RingAttention(torch.autograd.Function):
         """p = exp(s - log Z);  dv = p^T dout;  ds = p (dout v^T - delta);  dq = ds k;  dk = ds^T q."""
         q, k, v, out, log_z = ctx.saved_tensors
         q, k, v, dout = (t.to(out.dtype) for t in (q, k, v, dout.unflatten(1, q.shape[1:3])))
-        r, C, n = dist.get_rank(ctx.group), dist.get_world_size(ctx.group), k.shape[2]
         delta = (dout * out).sum(-1, keepdim=True)                           # = sum over keys of p (dout v^T)
-        dq, block = torch.zeros_like(q), torch.stack((k, v))
-        travelling = torch.zeros_like(block)                                 # gradients of the block at hand
-        for step in range(C):
-            coming, works = start_shift(block, ctx.group) if step < C - 1 else (None, [])
-            queries, keys, causal = visible(r, (r - step) % C, n)
-            k_block, v_block = block[..., keys, :]
+        dq, mine = torch.zeros_like(q), None
+        travelling = torch.zeros_like(torch.stack((k, v)))                   # gradients of the block at hand
+        for queries, keys, causal, k_block, v_block in passing_blocks(k, v, ctx.group):
             q_part, dout_part = q[..., queries, :], dout[..., queries, :]
             p = (attention_scores(q_part, k_block, causal) - log_z[..., queries, :]).exp()
             ds = p * (dout_part @ v_block[:, :, None].mT - delta[..., queries, :]) / math.sqrt(q.shape[-1])
             dq[..., queries, :] += ds @ k_block[:, :, None]
             here = torch.stack(((ds.mT @ q_part).sum(2), (p.mT @ dout_part).sum(2)))     # over the G heads
-            if step == 0:
+            if mine is None:
                 mine = here                                # my own block's stay here; the others' go home
             else:
                 travelling[..., keys, :] += here
                 travelling = shift(travelling, ctx.group)
-            finish(works)
-            block = coming
         return dq.flatten(1, 2), *(mine + travelling), None
 
 
@@ -506,15 +502,17 @@ def sequence_bytes(c, batch_size, C, way):
 
 
 def useful_ranks(tokens, flops, bandwidth, gradient_bytes=2):
-    """The largest P whose all-reduce still hides behind backward: 2 (P-1)/P n b / W <= 4 (B/P) n / C.
-    n cancels, so the shape does not matter: only more tokens a step, or better wires, feed more devices."""
+    """The largest P whose all-reduce still hides behind the backward pass, 4 FLOPs a weight and token. The
+    weights cancel, so the shape does not matter: only more tokens a step, or better wires, feed more
+    devices."""
     return 1 + 2 * tokens * bandwidth / (gradient_bytes * flops)
 
 
 # --- 6. ranks: started, watched, ended ----------------------------------------------------------------------
 # A rank that dies leaves the others in a collective that never ends. gloo then reports a closed socket, nccl
 # nothing for ten minutes, and neither says who. All must end, soon, and name the culprit: torchrun starts
-# them again, from the last checkpoint.
+# them again, from the last checkpoint. What they know of each other stands in a store (keys and values, held
+# by who started them).
 
 class RankLost(RuntimeError):
     """A rank died, hung or raised. The text names it and its step."""
@@ -531,7 +529,7 @@ class Watch:
 
     def at(self, step, phase):
         """starting (may take any time), computing, waiting for the others, or saving (the others wait)."""
-        self.step, self.phase, self.since = step, phase, time.monotonic()
+        self.since, self.step, self.phase = time.monotonic(), step, phase
         self.beat()
 
     def beat(self):
@@ -539,14 +537,14 @@ class Watch:
         self.store.set(f"beat/{self.rank}", f"{self.beats} {self.step} {self.phase}")
 
     def run(self):
-        while not self.ended:
-            try:
+        try:
+            while not self.ended:
                 self.beat()
-            except Exception:                              # the store is gone, and who started us: no orphans
-                os._exit(1)
-            if self.phase in ("computing", "waiting") and time.monotonic() - self.since > self.timeout:
-                self.accuse("")
-            time.sleep(1)
+                if self.phase in ("computing", "waiting") and time.monotonic() - self.since > self.timeout:
+                    self.accuse("")
+                time.sleep(1)
+        except Exception:                                  # the store is gone, and who started us: no orphans
+            os._exit(1)
 
     def look(self):
         beats = self.store.multi_get([f"beat/{r}" for r in range(self.world)])
@@ -566,10 +564,11 @@ class Watch:
         if error:
             self.end(f"rank {self.rank} at step {self.step} lost the others: {error}")
         if any(phase == "saving" for _, _, phase in after):
-            return self.at(self.step, self.phase)          # no fault: wait on
+            self.since = time.monotonic()                  # no fault: wait on
+            return
         progress = [(int(step), phase == "waiting") for _, step, phase in after]
-        late, how = progress.index(min(progress)), "hangs" if len(set(progress)) > 1 else "waits like all"
-        self.end(f"rank {late} at step {after[late][1]} {how}: {self.timeout:g} s without progress "
+        late, others = progress.index(min(progress)), "" if len(set(progress)) > 1 else " like all others"
+        self.end(f"rank {late} at step {after[late][1]} hangs{others}: {self.timeout:g} s without progress "
                  f"(--timeout allows more)")
 
     def end(self, text, status=1):
@@ -596,77 +595,76 @@ def run_rank(job, args, store, rank, world, local_rank, device="cpu", timeout=20
     """Join the group, run job(watch, *args), leave -> what job returned."""
     watch = Watch(store, rank, world, timeout, loud)
     try:
-        backend = "gloo"
         if device == "cuda":
-            backend = "nccl"
             torch.cuda.set_device(local_rank)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world)
         result = job(watch, *args)
         dist.barrier()                                     # nobody hangs up while another still listens
         watch.ended = True
         dist.destroy_process_group()
         return result
     except Exception as e:
-        watch.fail(e)
+        with contextlib.suppress(Exception):
+            watch.fail(e)
+        os._exit(1)                                        # the store is gone, too
 
 
-def local_rank_main(pipe, job, args, port, rank, world, threads, options):
+def local_rank_main(rank, job, args, port, world, threads, options):
     signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C: die in silence, the parent speaks
     torch.set_num_threads(threads)
-    store = dist.TCPStore("127.0.0.1", port, world, is_master=False)
-    pipe.send_bytes(pickle.dumps(run_rank(job, args, store, rank, world, rank, **options)))
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    store.set(f"result/{rank}", json.dumps(run_rank(job, args, store, rank, world, rank, **options)))
+    sys.stdout.flush()
+    os._exit(0)                                            # nothing is left to do, and nothing may hang here
 
 
 def launch(job, world_size, *args, **options):
-    """Run job(watch, *args) in world_size local processes -> their results; RankLost, or a rank's ValueError,
-    when all have ended. torchrun does the same, and for many hosts.
+    """Run job(watch, *args) in world_size local processes -> their results, which JSON can hold; RankLost, or
+    a rank's ValueError, when all have ended. torchrun does the same, and for many hosts.
 
-    The parent holds the store, at a port that the system picks, and reads there where a dead rank was. Ranks
-    are forked from a server that has imported torch once, and has no threads yet.
+    The parent holds the store, at a port that the system picks. Ranks are forked from a server that has
+    imported torch once, and has no threads yet.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])               # every optimizer imports both
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    threads, ranks, pipes, results = max(1, torch.get_num_threads() // world_size), [], [], {}
+    threads = max(1, torch.get_num_threads() // world_size)
+    ranks = [context.Process(target=local_rank_main, daemon=True, args=(
+        rank, job, args, store.port, world_size, threads, options)) for rank in range(world_size)]
+    interrupted = False
     try:
-        for rank in range(world_size):
-            ours, theirs = context.Pipe(duplex=False)
-            ranks.append(context.Process(target=local_rank_main, daemon=True, args=(
-                theirs, job, args, store.port, rank, world_size, threads, options)))
-            ranks[-1].start()
-            theirs.close()                                 # so that the process's end ends the pipe
-            pipes.append(ours)
-        try:
-            collect(store, ranks, pipes, results)
-        except KeyboardInterrupt:                          # training saves and returns, all else dies
-            for process in ranks:
-                os.kill(process.pid, signal.SIGINT)
-            with contextlib.suppress(RankLost):
-                collect(store, ranks, pipes, results)
-            if len(results) < world_size:
-                raise
+        for process in ranks:
+            process.start()
+        while running := [process for process in ranks if process.exitcode is None]:
+            try:
+                wait([process.sentinel for process in running])
+            except KeyboardInterrupt:                      # training saves and returns, all else dies
+                if interrupted:
+                    raise
+                interrupted = True
+                for process in running:
+                    with contextlib.suppress(ProcessLookupError):            # the terminal has told it, too
+                        os.kill(process.pid, signal.SIGINT)
+            lost = [rank for rank, process in enumerate(ranks) if process.exitcode]
+            if lost and interrupted:
+                raise KeyboardInterrupt
+            if lost:
+                raise what_happened(store, lost[0], ranks[lost[0]].exitcode)
     finally:
         for process in ranks:
-            process.join(5 if len(results) == world_size else 0)
-            process.kill()                                 # also one that is stopped
-            process.join()
-    return [results[rank] for rank in range(world_size)]
+            if process.pid:                                # it was started
+                process.kill()                             # ends a stopped one, too
+                process.join()
+    return [json.loads(store.get(f"result/{rank}")) for rank in range(world_size)]
 
 
-def collect(store, ranks, pipes, results):
-    while len(results) < len(pipes):
-        for pipe in wait([pipe for rank, pipe in enumerate(pipes) if rank not in results]):
-            rank = pipes.index(pipe)
-            try:
-                results[rank] = pickle.loads(pipe.recv_bytes())
-            except EOFError:
-                ranks[rank].join()
-                status = ranks[rank].exitcode
-                if store.add("said", 1) > 1:               # a rank has named the cause
-                    raise (ValueError if status == 2 else RankLost)(store.get("line").decode()) from None
-                how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
-                at = store.get(f"beat/{rank}").decode().split()[1] if store.check([f"beat/{rank}"]) else 0
-                raise RankLost(f"rank {rank} at step {at}: {how}") from None
+def what_happened(store, rank, status):
+    if store.add("said", 1) > 1:                           # a rank has named the cause
+        return (ValueError if status == 2 else RankLost)(store.get("line").decode())
+    how = f"killed by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+    at = store.get(f"beat/{rank}").decode().split()[1] if store.check([f"beat/{rank}"]) else 0
+    return RankLost(f"rank {rank} at step {at}: {how}")
 
 
 def check_alike(facts):
@@ -674,8 +672,8 @@ def check_alike(facts):
     would raise no error, and train something else."""
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, facts)
-    odd = [f"rank {r} has {name} {theirs[name]!r}, rank 0 {everyone[0][name]!r}"
-           for r, theirs in enumerate(everyone) for name in facts if theirs[name] != everyone[0][name]]
+    odd = [f"rank {r} has {name} {theirs.get(name)!r}, rank 0 {value!r}" for r, theirs in enumerate(everyone)
+           for name, value in everyone[0].items() if theirs.get(name) != value]
     if odd:
         raise ValueError("the ranks differ: " + "; ".join(odd[:3]))
 
@@ -733,6 +731,13 @@ def learning_rate(step, steps, peak):
     return peak * min(step / warm, 0.55 + 0.45 * math.cos(math.pi * down))
 
 
+def count_windows(tokens, T, name="train.bin"):
+    if len(tokens) <= T:
+        raise ValueError(f"{name}: {len(tokens):,} tokens are not a context of {T} and one more to predict: "
+                         f"try more text, or --context_length {max(1, len(tokens) - 1)}")
+    return (len(tokens) - 1) // T
+
+
 def windows(tokens, T, numbers):
     """Windows of T tokens and their targets -> (len(numbers), T+1) int64."""
     return torch.from_numpy(np.stack([tokens[i * T:i * T + T + 1] for i in numbers]).astype(np.int64))
@@ -746,24 +751,8 @@ def window_order(seed, epoch, count):
 def batch(tokens, T, first, n, seed):
     """Sequences number first .. first+n-1 of the run. What they are depends on the seed alone: any number of
     ranks reads the same ones in the same step, and a run goes on with more ranks, or fewer."""
-    count = (len(tokens) - 1) // T
-    if count < 1:
-        raise ValueError(f"{len(tokens):,} tokens are less than a context of {T}: try --context_length "
-                         f"{max(1, len(tokens) - 1)}")
-    numbers = range(first, first + n)
+    count, numbers = count_windows(tokens, T), range(first, first + n)
     return windows(tokens, T, [window_order(seed, i // count, count)[i % count] for i in numbers])
-
-
-class Stop:
-    """SIGTERM and SIGINT are noted, not obeyed: all ranks must leave after the same step."""
-    asked = 0
-
-    def __init__(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = number
 
 
 class Run:
@@ -778,7 +767,13 @@ class Run:
         torch.manual_seed(args.seed)
         self.model = M.Transformer(M.model_config(args, vocab_size=self.tokenizer.vocab_size)).to(self.device)
         self.T = self.model.config.context_length
-        check_alike({**vars(args), **self.fingerprint()})
+        self.val_windows = count_windows(self.val, self.T, "val.bin")
+        # What decides the numbers, besides the config. A thousand tokens tell texts of one length apart.
+        self.facts = {name: getattr(args, name) for name in ("batch_size", "steps", "lr", "clip", "seed")}
+        some = self.tokens[::len(self.tokens) // 1000 + 1].astype(np.int64)
+        self.facts["tokens"] = (f"{len(self.tokens)} of tokenizer {self.tokenizer.hash()}, "
+                                f"{hashlib.sha256(some.tobytes()).hexdigest()[:8]}")
+        self.check_ranks()
         self.optimizer = make_optimizer(self.model, args.lr)
         self.path = os.path.join(args.out, "checkpoint.pt")
         self.first = self.restore() if resume else 0       # steps that are done
@@ -790,26 +785,22 @@ class Run:
         bf16 = "cuda" in self.device and torch.cuda.is_bf16_supported()
         self.autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16, enabled=bf16)
 
-    def fingerprint(self):
-        """What must agree before the first step, besides the flags."""
-        code = hashlib.sha256()
-        for path in (M.__file__, bpe.__file__, __file__):
-            with open(path, "rb") as f:
-                code.update(f.read())
-        return {"torch": torch.__version__, "code": code.hexdigest()[:12],
-                "tokens": f"{len(self.tokens)} of tokenizer {self.tokenizer.hash()}",
-                "weights": sum(p.double().sum().item() for p in self.model.parameters())}
+    def check_ranks(self):
+        """Before the first step all ranks have the same flags, data, code and weights."""
+        files = b"".join(Path(file).read_bytes() for file in (M.__file__, bpe.__file__, __file__))
+        check_alike({**vars(self.args), **self.facts,
+                     "torch": torch.__version__, "code": hashlib.sha256(files).hexdigest()[:12],
+                     "weights": sum(p.double().sum().item() for p in self.model.parameters())})
 
     def restore(self):
-        """Read the checkpoint -> steps done. What decides the numbers may not change; how many ranks may."""
+        """Read the checkpoint -> steps done. The config and the facts may not change; how many ranks may."""
         state = M.load_checkpoint(self.path)
-        before = state.get("ddp")
-        if not before:
+        if "ddp" not in state:
             raise ValueError(f"{self.path} was not written by ddp.py: train afresh with another --out")
-        before["tokenizer"], now = state["tokenizer"], {**vars(self.args), "tokenizer": self.tokenizer.hash()}
-        for name in ("batch_size", "steps", "lr", "clip", "seed", "tokenizer"):
-            if before[name] != now[name]:
-                raise ValueError(f"{self.path} was made with {name} {before[name]}, not {now[name]}: "
+        before, now = {**state["config"], **state["ddp"]}, {**asdict(self.model.config), **self.facts}
+        for name, value in now.items():
+            if before.get(name, value) != value:
+                raise ValueError(f"{self.path} was made with {name} {before[name]}, not {value}: "
                                  f"give the same, or drop --resume")
         M.load_weights(self.model, state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -820,7 +811,8 @@ class Run:
         args, start, lr = self.args, time.perf_counter(), learning_rate(step, self.args.steps, self.args.lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        torch.manual_seed((args.seed << 40) + (step << 16) + self.rank)      # dropout; nothing to be saved
+        # Dropout: other numbers in each step and on each rank, and nothing to be saved.
+        torch.manual_seed(int(np.random.default_rng([args.seed, step, self.rank]).integers(2**63)))
         first = (step - 1) * args.batch_size + self.lane * self.share
         ids = batch(self.tokens, self.T, first, self.share, args.seed).to(self.device)
         loss = backward(self.ddp, ids, self.positions, args.micro_batch, self.autocast)
@@ -835,12 +827,13 @@ class Run:
     @torch.no_grad()
     def held_out_loss(self, most=1_000_000):
         """Nats a token over val.bin, at most `most` tokens of it; the lanes take turns."""
-        total, count = torch.zeros(2, device=self.device), (min(most, len(self.val)) - 1) // self.T
+        self.model.eval()                                  # no dropout
+        total, count = torch.zeros(2, device=self.device), min(self.val_windows, max(1, most // self.T))
+        at = torch.arange(self.T, device=self.device) if self.positions is None else self.positions
         for first in range(self.lane * self.share, count, self.lanes * self.share):
             ids = windows(self.val, self.T, range(first, min(first + self.share, count))).to(self.device)
-            at = torch.arange(self.T) if self.positions is None else self.positions
             with self.autocast():
-                loss = M.lm_loss(self.model(ids[:, at], at.to(self.device)), ids[:, at + 1])[0]
+                loss = M.lm_loss(self.model(ids[:, at], at), ids[:, at + 1])[0]
             total += len(ids) * torch.stack((loss, torch.ones_like(loss)))
         dist.all_reduce(total)
         return (total[0] / total[1]).item()
@@ -848,33 +841,37 @@ class Run:
 
 def train(watch, args, folder, resume):
     """The whole run on this rank -> the number of the signal that ended it, or 0."""
-    run, stop = Run(args, folder, resume), Stop()
-    main, tokens = run.rank == 0, args.batch_size * run.T
+    run, signals = Run(args, folder, resume), []
+    for number in (signal.SIGTERM, signal.SIGINT):         # noted, not obeyed: all leave after the same step
+        signal.signal(number, lambda number, frame: signals.append(number))
+    main = run.rank == 0
     say = functools.partial(print, flush=True) if main else lambda *_, **__: None
-    say(f"{M.num_params(run.model.config):,} parameters on each of {run.P} ranks; a step {tokens:,} tokens = "
-        f"{run.lanes} x {run.share} sequences of {run.T}, {args.sequence_ranks} ranks a sequence; "
-        f"{dist.get_backend()}, {args.way}, seed {args.seed}")
+    say(f"{M.num_params(run.model.config):,} parameters on each of {run.P} ranks; a step "
+        f"{args.batch_size * run.T:,} tokens = {run.lanes} x {run.share} sequences of {run.T}, "
+        f"{args.sequence_ranks} ranks a sequence; {dist.get_backend()}, {args.way}, seed {args.seed}")
     with open(os.path.join(args.out, "log.jsonl"), "a" if resume else "w") if main else \
             contextlib.nullcontext() as log:               # after a restart some steps stand there twice
         for step in range(run.first + 1, args.steps + 1):
             watch.at(step, "computing")
             trace = os.path.join(args.out, f"trace{run.rank}.json")
-            tracing = args.dump_trace and step == run.first + 3
+            tracing = args.dump_trace and step == min(run.first + 3, args.steps)
             with traced(trace) if tracing else contextlib.nullcontext():
-                fields, asked = run.step(step, watch, stop.asked)
+                fields, asked = run.step(step, watch, bool(signals))
             say(json.dumps(dict(kind="train", **fields)), file=log)
             if step % args.log_steps == 0 or step == args.steps:
                 say("step {step:>6}/{} | loss {loss:7.4f} | lr {lr:.2e} | gnorm {gnorm:6.2f} | "
                     "{step_ms:7.1f} ms | {tok_s:>9,.0f} tok/s".format(args.steps, **fields))
             if main and (asked or step % args.save_steps == 0 or step == args.steps):
                 watch.at(step, "saving")                   # the others go on, and wait at the next average
-                M.save_checkpoint(run.path, run.model, run.optimizer, step, ddp=vars(args),
+                M.save_checkpoint(run.path, run.model, run.optimizer, step, ddp=run.facts,
                                   tokenizer=run.tokenizer.hash())
             if asked:
                 say(f"stopped: saved {run.path} at step {step}; the same command with --resume goes on")
-                return stop.asked or signal.SIGTERM
-    watch.at(args.steps, "saving")                         # an evaluation may take its time, too
-    say(f"held out: loss {run.held_out_loss():.4f} nats/token; saved {run.path}")
+                return signals[0] if signals else signal.SIGTERM
+        watch.at(args.steps, "saving")                     # an evaluation may take its time, too
+        loss = run.held_out_loss()
+        say(json.dumps(dict(kind="val", step=args.steps, val_loss=loss)), file=log)
+        say(f"held out: loss {loss:.4f} nats/token; saved {run.path}")
     return 0
 
 
@@ -882,17 +879,10 @@ def train(watch, args, folder, resume):
 
 @contextlib.contextmanager
 def traced(path):
-    """with traced("x.json"): ...   writes a Chrome trace; ui.perfetto.dev shows it.
-    torch 2.13 writes two lines about each trace to stderr, from C++; they go nowhere."""
-    stderr, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 2)
-    try:
-        with profile() as prof:
-            yield
-    finally:
-        os.dup2(stderr, 2)
-        os.close(stderr)
-        os.close(null)
+    """with traced("x.json"): ...   writes a Chrome trace; ui.perfetto.dev shows it."""
+    os.environ["KINETO_LOG_LEVEL"] = "6"                   # torch 2.13 says two lines about each trace
+    with profile() as prof:
+        yield
     prof.export_chrome_trace(path)
 
 
@@ -908,10 +898,16 @@ def timeline(path):
 
 
 def hidden_share(spans):
-    """The part of the messages' time that lies within the backward pass."""
+    """The part of the messages' time that lies within the backward pass; 0 without messages."""
     end, messages = spans["backward"][0][1], spans["messages"]
     inside = sum(max(0.0, min(b, end) - max(a, 0.0)) for a, b in messages)
-    return inside / sum(b - a for a, b in messages)
+    return inside / (sum(b - a for a, b in messages) or 1.0)
+
+
+def show(title, header, rows):
+    """One table, from rank 0; all ranks have taken part in what it shows."""
+    if dist.get_rank() == 0:
+        M.table(title, header, rows)
 
 
 def show_collectives():
@@ -920,9 +916,8 @@ def show_collectives():
     mine = {name: x.tolist() for name, x in {"before": before, **eight_collectives(before)}.items()}
     everyone = [None] * P
     dist.all_gather_object(everyone, mine)
-    if rank == 0:
-        M.table("Eight collectives: what each rank holds afterwards", ["", *(f"rank {r}" for r in range(P))],
-                [[name, *(" ".join(map(str, held[name])) or "-" for held in everyone)] for name in mine])
+    show("Eight collectives: what each rank holds afterwards", ["", *(f"rank {r}" for r in range(P))],
+         [[name, *(" ".join(map(str, held[name])) or "-" for held in everyone)] for name in mine])
 
 
 def show_rings(n=1_200_000):
@@ -937,60 +932,64 @@ def show_rings(n=1_200_000):
             ("reduce-scatter, all-gather", ring_all_reduce, 2 * (P - 1), all_reduce_bytes(x.nbytes, P))):
         with Count() as count:
             error = (function(x) - total).abs().max()
-        rows.append([name, f"{messages}", f"{count.calls.get('send', 0)}", f"{sent:,.0f}",
-                     f"{count.sent(P):,.0f}", f"{error:.0e}"])
-    if dist.get_rank() == 0:
-        M.table(f"All-reduce of {x.nbytes:,} bytes on {P} ranks by hand: what one rank sends",
-                ["", "messages", "counted", "bytes", "counted", "error against torch"], rows)
+        rows.append([name, f"{messages}", f"{count.calls['send']}", f"{sent:,.0f}", f"{count.sent(P):,.0f}",
+                     f"{error:.0e}"])
+    show(f"All-reduce of {x.nbytes:,} bytes on {P} ranks by hand: what one rank sends",
+         ["", "messages", "counted", "bytes", "counted", "error against torch"], rows)
 
 
-def show_ways(out, steps=5, rounds=5):
+def full_step(model, optimizer, ids):
+    backward(model, ids)
+    update(model, optimizer, clip=1.0)
+
+
+def show_ways(out, steps=5):
     """The four ways on a model of many small parameters: equal to one process, bytes as predicted, time. Adam
     divides by the gradient's size: where that is close to 0, its rounding is what the error shows."""
     P, rank = dist.get_world_size(), dist.get_rank()
     c = M.ModelConfig(vocab_size=512, context_length=64, num_layers=10, d_model=64, num_heads=1, qk_norm=True)
     torch.manual_seed(0)
     ids = torch.randint(0, 512, (4 * P, 65))
+    mine, n = ids.chunk(P)[rank], 4 * M.num_params(c)
 
     def trained(wrap, ids):
         torch.manual_seed(0)
         model = wrap(M.Transformer(c))
         optimizer = make_optimizer(model, 1e-3)
         for _ in range(steps):
-            backward(model, ids)
-            update(model, optimizer, 1.0)
+            full_step(model, optimizer, ids)
         return model, optimizer
-    single, _ = trained(lambda model: model, ids)          # one process, the whole batch
-    mine, runs, counts, errors, spans, hidden = ids.chunk(P)[rank], {}, {}, {}, {}, {}
+    runs = {"one process": trained(lambda model: model, ids)}                # on the whole batch
+    expected = [p.detach().clone() for p in runs["one process"][0].parameters()]
+    spans, facts = {}, {}
     for name, way in WAYS.items():
-        with Count() as counts[name]:
+        with Count() as count:
             runs[name] = trained(functools.partial(way, bucket_mb=0.25), mine)
-        errors[name] = max((p - q).abs().max().item()
-                           for p, q in zip(runs[name][0].parameters(), single.parameters()))
+        error = max((p - q).abs().max().item() for p, q in zip(runs[name][0].parameters(), expected))
         trace = os.path.join(out, f"ddp-{name}{rank}.json")
         with traced(trace):
-            backward(runs[name][0], mine)
-            update(*runs[name], 1.0)
+            full_step(*runs[name], mine)
         spans[name] = timeline(trace)
-        hidden[name] = torch.tensor(hidden_share(spans[name]))
-        dist.all_reduce(hidden[name], dist.ReduceOp.MAX)   # of the slowest rank: the others wait for it alone
-    times, n, rows = time_ways(runs, mine, rounds), 4 * M.num_params(c), []
-    for name in runs:
-        share, alone = hidden[name].item(), times[f"{name} alone"]
-        rows.append([name, f"{counts[name].calls['allreduce_'] // steps}", f"{all_reduce_bytes(n, P):,.0f}",
-                     f"{counts[name].sent(P) / steps:,.0f}", f"{alone:.1f}", f"{share:.0%}",
-                     f"{times['compute'] + (1 - share) * alone:.1f}", f"{times[name]:.1f}",
-                     f"{errors[name]:.0e}"])
+        hidden = torch.tensor(hidden_share(spans[name]))
+        dist.all_reduce(hidden, dist.ReduceOp.MAX)         # of the slowest rank: the others wait for it alone
+        facts[name] = count.calls["allreduce_"] // steps, count.sent(P) / steps, hidden.item(), error
+    times, rows = time_ways(runs, mine), []
+    compute = times["one process"]
+    for name, (messages, sent, hidden, error) in facts.items():
+        alone = times[f"{name} alone"]
+        rows.append([name, f"{messages}", f"{all_reduce_bytes(n, P):,.0f}", f"{sent:,.0f}", f"{alone:.1f}",
+                     f"{hidden:.0%}", f"{compute + (1 - hidden) * alone:.1f}", f"{times[name]:.1f}",
+                     f"{error:.0e}"])
+    show(f"Averaging {len(expected)} gradients on {P} ranks; a step: computing, {compute:.1f} ms, and what "
+         f"is not hidden of the messages",
+         ["", "messages", "bytes", "counted", "ms alone", "hidden", "ms a step", "measured",
+          f"error, {steps} steps"], rows)
     if rank == 0:
-        M.table(f"Averaging {len(list(single.parameters()))} gradients on {P} ranks; a step: computing, "
-                f"{times['compute']:.1f} ms, and what is not hidden of the messages", [
-                    "", "messages", "bytes", "counted", "ms alone", "hidden", "ms a step", "measured",
-                    f"error, {steps} steps"], rows)
         plot(os.path.join(out, "ddp.png"), spans)
 
 
-def time_ways(runs, ids, rounds):
-    """Medians in ms, taken in turn: of a step, of its messages alone, and of a step without any."""
+def time_ways(runs, ids, rounds=5):
+    """Medians in ms, taken in turn: of a step, and of its messages alone."""
     seen = {}
 
     def clock(name, job, *args):
@@ -998,20 +997,32 @@ def time_ways(runs, ids, rounds):
         start = time.perf_counter()
         job(*args)
         seen.setdefault(name, []).append(1000 * (time.perf_counter() - start))
-
-    def step(ddp, optimizer, sync=True):
-        with contextlib.nullcontext() if sync else ddp.no_sync():
-            backward(ddp, ids)
-        update(ddp if sync else ddp.module, optimizer, 1.0)
     for _ in range(rounds):
-        clock("compute", step, *runs["naive"], False)
-        for name, (ddp, optimizer) in runs.items():
-            clock(name, step, ddp, optimizer)
-            with ddp.no_sync():
-                backward(ddp, ids)
-            clock(f"{name} alone", ddp.finish_gradient_synchronization)
-            optimizer.zero_grad()
+        for name, (model, optimizer) in runs.items():
+            clock(name, full_step, model, optimizer, ids)
+            if name in WAYS:
+                with model.no_sync():
+                    backward(model, ids)
+                clock(f"{name} alone", model.finish_gradient_synchronization)
+                optimizer.zero_grad()
     return {name: statistics.median(ms) for name, ms in seen.items()}
+
+
+def plot(path, spans):
+    """When backward computes, and when messages are under way."""
+    plt = M.pyplot()
+    if plt is None:
+        return
+    fig, axes = plt.subplots(len(spans), 1, figsize=(10, 1.2 * len(spans) + 1), sharex=True)
+    for ax, (name, span) in zip(axes, spans.items()):
+        for y, what, colour in ((1, "backward", "tab:blue"), (0, "messages", "tab:orange")):
+            ax.broken_barh([(a, b - a) for a, b in span[what]], (y, 0.8), color=colour)
+        ax.set_yticks([0.4, 1.4], ["messages", "backward"])
+        ax.set_title(f"{name}: {hidden_share(span):.0%} hidden", loc="left", fontsize=9)
+    axes[-1].set_xlabel("ms since the backward pass began")
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    print(f"\nsaved {path}, and Chrome traces {os.path.dirname(path)}/ddp-*.json")
 
 
 def show_sequences(batch_size=2):
@@ -1033,42 +1044,19 @@ def show_sequences(batch_size=2):
                     for p, q in zip(model.parameters(), single.parameters()))
         rows.append([way, f"{sequence_bytes(c, batch_size, P, way):,.0f}", f"{count.sent(P):,.0f}",
                      f"{error:.0e}"])
-    if dist.get_rank() == 0:
-        M.table(f"{c.context_length} tokens on {P} ranks, {c.num_heads} heads, {c.kv_heads} key/value heads",
-                ["", "bytes", "counted", "relative error of gradients"], rows)
+    show(f"{c.context_length} tokens on {P} ranks, {c.num_heads} heads, {c.kv_heads} key/value heads",
+         ["", "bytes", "counted", "relative error of gradients"], rows)
 
 
-def show_limits(tokens=4e6, flops=0.4 * 989e12):
-    if dist.get_rank() == 0:
-        M.table(f"Ranks until averaging shows: {tokens:,.0f} tokens a step, bf16, {flops / 1e12:.0f} TFLOP/s",
-                ["wires", "bytes/s", "ranks"],
-                [[name, f"{wires:.1e}", f"{useful_ranks(tokens, flops, wires):,.0f}"] for name, wires in
-                 (("NVLink", 4.5e11), ("InfiniBand NDR", 5e10), ("10 Gb Ethernet", 1.2e9))])
-
-
-def plot(path, spans):
-    """When backward computes, and when messages are under way."""
-    plt = M.pyplot()
-    if plt is None:
-        return
-    fig, axes = plt.subplots(len(spans), 1, figsize=(10, 1.2 * len(spans) + 1), sharex=True)
-    for ax, (name, span) in zip(axes, spans.items()):
-        for y, what, colour in ((1, "backward", "tab:blue"), (0, "messages", "tab:orange")):
-            ax.broken_barh([(a, b - a) for a, b in span[what]], (y, 0.8), color=colour)
-        ax.set_yticks([0.4, 1.4], ["messages", "backward"])
-        ax.set_title(f"{name}: {hidden_share(span):.0%} hidden", loc="left", fontsize=9)
-    axes[-1].set_xlabel("ms since the backward pass began")
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    print(f"\nsaved {path}, and Chrome traces {os.path.dirname(path)}/ddp-*.json")
-
-
-def lecture(watch, args):
+def lecture(watch, args, tokens=4e6, flops=0.4 * 989e12):
     show_collectives()
     show_rings()
     show_ways(args.out)
     show_sequences()
-    show_limits()
+    show(f"Ranks until averaging shows: {tokens:,.0f} tokens a step, bf16, {flops / 1e12:.0f} TFLOP/s",
+         ["wires", "bytes/s", "ranks"],
+         [[name, f"{bandwidth:.1e}", f"{useful_ranks(tokens, flops, bandwidth):,.0f}"]
+          for name, bandwidth in WIRES.items()])
     return 0
 
 
@@ -1078,7 +1066,7 @@ def bench_collectives(watch, args, repeats=5):
     P, rows = dist.get_world_size(), []
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
     for mb in args.bench_collectives:
-        whole = torch.ones(int(mb * 250_000) // P * P, device=device)        # fp32
+        whole = torch.ones(P * math.ceil(mb * 250_000 / P), device=device)   # fp32
         part, other = torch.empty(len(whole) // P, device=device), torch.empty_like(whole)
         for name, passes, job in (("all-reduce", 2, lambda: average(whole)),
                                   ("all-reduce by hand", 2, lambda: ring_all_reduce(whole)),
@@ -1094,21 +1082,28 @@ def bench_collectives(watch, args, repeats=5):
                     torch.cuda.synchronize()               # the call returns when the work is queued
                 times.append(time.perf_counter() - start)
             seconds = statistics.median(times[2:])
-            rows.append([name, f"{mb:g}", f"{1e3 * seconds:.2f}", f"{mb / 1e3 / seconds:.2f}",
-                         f"{passes * (P - 1) / P * mb / 1e3 / seconds:.2f}"])
-    if dist.get_rank() == 0:
-        M.table(f"{P} ranks, {dist.get_backend()}, load {os.getloadavg()[0]:.1f}, medians of {repeats}",
-                ["", "MB", "ms", "algorithm GB/s", "bus GB/s"], rows)
+            speed = whole.nbytes / 1e9 / seconds
+            rows.append([name, f"{mb:g}", f"{1e3 * seconds:.2f}", f"{speed:.2f}",
+                         f"{passes * (P - 1) / P * speed:.2f}"])
+    show(f"{P} ranks, {dist.get_backend()}, load {os.getloadavg()[0]:.1f}, medians of {repeats}",
+         ["", "MB", "ms", "algorithm GB/s", "bus GB/s"], rows)
     return 0
 
 
 # --- 9. command line ----------------------------------------------------------------------------------------
 
+def megabytes(text):
+    sizes = [float(mb) for mb in text.split(",")]
+    if not all(0 < mb < 1e6 for mb in sizes):
+        raise ValueError(text)
+    return sizes
+
+
 def make_parser():
     p = M.cli(__doc__)
     flag = p.add_argument
     flag("--steps", type=int, default=0, help="optimizer steps to train; 0: the lecture")
-    flag("--bench_collectives", type=lambda text: [float(mb) for mb in text.split(",")], metavar="MB,MB",
+    flag("--bench_collectives", type=megabytes, metavar="MB,MB",
          help="time the collectives at these sizes, megabytes")
     flag("--world_size", type=int, default=2, help="local ranks to start; torchrun brings its own")
     flag("--way", choices=WAYS, default="bucketed", help="how gradients are averaged")
@@ -1127,7 +1122,7 @@ def make_parser():
     flag("--log_steps", type=int, default=10, help="steps between lines on the screen")
     flag("--dump_trace", action="store_true", help="write a Chrome trace of the third step to --out")
     flag("--timeout", type=float, default=20.0, help="seconds without progress until a rank counts as hung")
-    flag("--device", default="auto", help="cuda or cpu; auto takes the first there is")
+    flag("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes the first there is")
     flag("--seed", type=int, default=0, help="of weights and data order")
     M.add_model_flags(p)
     return p
@@ -1137,13 +1132,12 @@ def check(args, world):
     """Values that argparse cannot judge alone."""
     for name, least in dict(steps=0, world_size=1, sequence_ranks=1, batch_size=1, micro_batch=0, lr=0,
                             clip=0, save_steps=1, log_steps=1, timeout=1, bucket_mb=0, seed=0).items():
-        if not least <= getattr(args, name) < math.inf:
+        if not least <= getattr(args, name) < 2**63:
             raise ValueError(f"--{name} {getattr(args, name)} is out of range: {least} or more")
-    C, B = args.sequence_ranks, args.batch_size
+    C, B, lanes = args.sequence_ranks, args.batch_size, world // args.sequence_ranks
     if world % C:
         raise ValueError(f"{world} ranks do not split into groups of --sequence_ranks {C}: "
                          f"try {math.gcd(world, C)}")
-    lanes = world // C
     if args.steps and B % lanes:
         raise ValueError(f"--batch_size {B} does not split into {lanes} equal shares, and with unequal ones "
                          f"the mean is wrong: try --batch_size {lanes * max(1, round(B / lanes))}")
@@ -1164,29 +1158,59 @@ def parse_args(argv=None):
     return args
 
 
+def without_effect(args, parser):
+    """Flags that were given and change nothing here."""
+    idle = {"bucket_mb": args.way != "bucketed", "attention": args.sequence_ranks == 1,
+            "world_size": "RANK" in os.environ}
+    if not args.steps:
+        used = ("bench_collectives", "device") if args.bench_collectives else ()
+        idle = {name: name not in ("world_size", "out", *used) for name in vars(args)}
+    return [f"--{name}" for name in idle if idle[name] and getattr(args, name) != parser.get_default(name)]
+
+
 def prepare(args, restarted=False):
     """What one process does before the ranks join: token files, the old checkpoint -> (folder, resume).
     Several hosts share --data and --out."""
-    os.makedirs(args.out, exist_ok=True)
-    folder, path = args.data or args.out, os.path.join(args.out, "checkpoint.pt")
-    if not (args.data and os.path.exists(os.path.join(args.data, "train.bin"))):
-        folder = args.out
-        bpe.prepare(folder, args.data, vocab_size=M.model_config(args).vocab_size)
-    if restarted or args.resume:
-        return folder, args.resume or os.path.exists(path)
-    if os.path.exists(path):
+    path = os.path.join(args.out, "checkpoint.pt")
+    ready = args.data and os.path.exists(os.path.join(args.data, "train.bin"))
+    if not ready:
+        bpe.prepare(args.out, args.data, vocab_size=M.model_config(args).vocab_size)
+    resume = args.resume or restarted and os.path.exists(path)
+    if os.path.exists(path) and not resume:
         os.replace(path, os.path.join(args.out, "checkpoint.old.pt"))
-    return folder, False
+        print(f"{path} is now checkpoint.old.pt: --resume would have gone on from it", flush=True)
+    return args.data if ready else args.out, resume
+
+
+def number_of_start(store, rank, world):
+    """1, or more after restarts, the same on all ranks: torchrun's own count is each host's. The store
+    outlives a start, and old answers stand in it: so each rank asks under a new name, and rank 0 answers."""
+    if rank > 0:
+        name = os.urandom(8).hex()
+        store.set(f"ask/{rank}", name)
+        return int(store.get(f"answer/{name}"))            # waits until there is one
+    number, store = store.add("starts", 1), store.clone()
+
+    def answer():
+        with contextlib.suppress(Exception):               # the store is gone: so are we, soon
+            while True:
+                for asks in [f"ask/{r}" for r in range(1, world)]:
+                    if store.check([asks]):
+                        store.set(f"answer/{store.get(asks).decode()}", str(number))
+                time.sleep(0.5)
+    threading.Thread(target=answer, daemon=True).start()
+    return number
 
 
 def torchrun_rank(job, args, options):
     """torchrun has started this process, and the others. Rank 0 prepares; a restart goes on by itself."""
     store, rank, world = next(dist.rendezvous("env://"))
-    restarts, more = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), ()
-    store = dist.PrefixStore(f"start{restarts}", store)    # the addresses of the dead are in there, too
+    number, more = number_of_start(store, rank, world), ()
+    restarted = number > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    store = dist.PrefixStore(f"start{number}", store)      # the addresses of the dead are in there, too
     if job is train:
         if rank == 0:
-            store.set("prepared", json.dumps(prepare(args, restarts > 0)))
+            store.set("prepared", json.dumps(prepare(args, restarted)))
         store.wait(["prepared"], datetime.timedelta(days=1))
         more = json.loads(store.get("prepared"))
     return run_rank(job, (args, *more), store, rank, world, int(os.environ["LOCAL_RANK"]), loud=True,
@@ -1196,11 +1220,14 @@ def torchrun_rank(job, args, options):
 def main(argv=None):
     args, parser = parse_args(argv), make_parser()
     job = bench_collectives if args.bench_collectives else train if args.steps else lecture
+    before = signal.getsignal(signal.SIGTERM)
     try:
         os.makedirs(args.out, exist_ok=True)
-        # The lecture runs on CPUs, the same everywhere; for mps there is no backend.
-        cuda = job is not lecture and M.pick_device(args.device).startswith("cuda")
+        # The lecture runs on CPUs, the same everywhere.
+        cuda = job is not lecture and args.device != "cpu" and M.pick_device(args.device) == "cuda"
         options = dict(device="cuda" if cuda else "cpu", timeout=args.timeout)
+        if os.environ.get("RANK", "0") == "0" and (idle := without_effect(args, parser)):
+            print(f"note: without effect here: {', '.join(idle)}")
         if "RANK" in os.environ:
             status = torchrun_rank(job, args, options)
         else:
@@ -1208,6 +1235,7 @@ def main(argv=None):
                 raise ValueError(f"--world_size {args.world_size} needs as many GPUs, and here are {gpus}: "
                                  f"try --world_size {gpus} or --device cpu")
             more = prepare(args) if job is train else ()
+            signal.signal(signal.SIGTERM, signal.default_int_handler)        # a kill saves, as Ctrl-C does
             status = launch(job, args.world_size, args, *more, **options)[0]
     except RankLost as e:
         parser.exit(1, f"{parser.prog}: {e}\n")
@@ -1215,6 +1243,8 @@ def main(argv=None):
         parser.error(M.first_line(e))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if status:
         raise SystemExit(128 + status)
 

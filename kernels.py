@@ -27,15 +27,12 @@ You should see (two cores, CPU; shortened)
        RMSNorm                   0.2      1.0   memory              126        28
        QKV product           2,234.2  2,234.2  compute              833       833
        attention                41.8  2,048.0  compute            2,740       556
-       kernel                forward  worst gradient                                       (against float64)
-       softmax               7.1e-08         8.1e-08
-       attention             1.4e-07         2.7e-07
-       bytes moved      by operators  predicted  counted  ratio  saved
-       softmax             1,574,912    393,216  393,216  1.000   4.0x
-       RMSNorm               691,200    196,608  209,152  1.064   3.3x
+       kernel     error  gradient   bytes, by operators  predicted  counted  ratio  saved  (against float64)
+       softmax  7.5e-08   8.5e-08             1,574,912    393,216  393,216  1.000   4.0x
+       RMSNorm  5.4e-08   9.6e-08               691,200    196,608  209,152  1.064   3.3x
        machine code            warps  registers  spills   KB  wgmma  tma  wide             (sm_90, made here)
        rmsnorm_kernel              4         54       0    0      0    0   8/8  ok
-       flash_kernel                8        182       0  128     24    0   8/8  ok
+       flash_kernel                8        175       0  128     24    0   8/8  ok
        tma_matmul_kernel           8        155       0  208      4    6   0/0  ok
 
 Outline  1 what bounds an operation   2 elementwise        3 rows   4 RoPE   5 cross-entropy
@@ -54,7 +51,6 @@ import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -62,6 +58,8 @@ import tempfile
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import model as M                                          # before torch: it sets how CPU threads wait
 
@@ -92,29 +90,40 @@ LOG2E = tl.constexpr(1.4426950408889634)                   # exp(x) = exp2(x log
 LOWEST = tl.constexpr(-3.4028234663852886e38)              # maxima start here: -inf minus -inf would be NaN
 
 
-def check(*tensors, kinds=FLOATS):
-    """Refuse in one line what would end in a wrong number, or deep inside the compiler."""
+def check(*tensors, kinds=FLOATS, others=()):
+    """Refuse in one line what would end in a wrong number, or deep inside the compiler. `others` may be of
+    any type, on the same device."""
     device = tensors[0].device
-    for t in tensors:
+    for t in (*tensors, *others):
         if t.device != device:
             raise ValueError(f"tensors on {device} and on {t.device}: move them to one device")
+    for t in tensors:
         if t.dtype not in kinds:
             raise ValueError(f"{show(t)} is not supported here: use {', '.join(str(k)[6:] for k in kinds)}")
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ValueError(f"{torch.cuda.get_device_name(device)} is older than sm_80 (Ampere): "
-                         f"use the plain PyTorch version")
+    if device.type not in ("cuda", "cpu", "meta"):         # meta: for compiling alone
+        raise ValueError(f"triton does not run on {device.type}: use the plain PyTorch version")
+    if device.type == "cuda" and not torch.compiler.is_compiling():          # it was asked before
+        if torch.cuda.get_device_capability(device) < (8, 0):
+            raise ValueError(f"{torch.cuda.get_device_name(device)} is older than sm_80 (Ampere): "
+                             f"use the plain PyTorch version")
+        if device.index != torch.cuda.current_device():    # where triton launches
+            raise ValueError(f"a tensor on {device}, and cuda:{torch.cuda.current_device()} is the current "
+                             f"device: call torch.cuda.set_device({device.index}) first")
     if device.type == "cpu" and not INTERPRETED:
         raise ValueError("a CPU tensor, and triton was imported without its interpreter: move it to cuda, or "
                          "set TRITON_INTERPRET=1 (slow), or use the plain PyTorch version")
     if device.type == "cpu" and torch.bfloat16 in {t.dtype for t in tensors} and not interpreter_knows_bf16():
         raise ValueError("triton's interpreter computes with the bits of bfloat16 as if they were integers: "
                          "use float32 on a CPU")
-    if device.type not in ("cuda", "cpu", "meta"):         # meta: for compiling alone
-        raise ValueError(f"triton does not run on {device.type}: use the plain PyTorch version")
 
 
 def show(*tensors):
     return " and ".join(f"{tuple(t.shape)} {str(t.dtype)[6:]}" for t in tensors)
+
+
+def expect(right, name, tensors, wanted):
+    if not right:
+        raise ValueError(f"{name} of {show(*tensors)}: give {wanted}")
 
 
 @functools.cache
@@ -127,12 +136,13 @@ def interpreter_knows_bf16():
 @functools.cache
 def num_sms(device):
     """Streaming multiprocessors: that many programs fill the machine once. An H100 or H200 has 132."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else \
-        {"meta": 132, "cpu": 2}[device.type]
+    if device.type != "cuda":
+        return {"meta": 132, "cpu": 2}[device.type]
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def work_dtype(x):
-    """What autocast would compute in."""
+    """What autocast would compute in; without autocast, x's own."""
     kind = x.device.type
     return torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else x.dtype
 
@@ -144,8 +154,10 @@ def work_dtype(x):
 # programs than SMs, or exactly as many that stay. Time is at least the larger of FLOPs / peak and bytes /
 # bandwidth: the roofline.
 
-HARDWARE = {"A100": (312e12, 2.04e12), "H100": (989.5e12, 3.35e12),  # dense bf16 FLOP/s, HBM bytes/s, SXM:
-            "H200": (989.5e12, 4.8e12)}                                    # NVIDIA's data sheets
+# Dense bf16 FLOP/s and HBM bytes/s (NVIDIA's data sheets), by the name that torch gives: a PCIe card of the
+# same family is slower, and for a name that is not here no floor is printed.
+HARDWARE = {"NVIDIA A100-SXM4-80GB": (312e12, 2.04e12), "NVIDIA H100 80GB HBM3": (989.5e12, 3.35e12),
+            "NVIDIA H200": (989.5e12, 4.8e12)}
 
 
 def block_operations(c, tokens):
@@ -176,6 +188,13 @@ def block_operations(c, tokens):
 # operator and sends every intermediate through HBM and back; a fused one reads inputs and writes outputs.
 
 @triton.jit
+def load(at, ok, other: tl.constexpr = 0.0):
+    """Numbers from memory, as fp32 whatever they are there: bf16 is for traffic, not for arithmetic. `ok`
+    keeps a block from reading beyond the end."""
+    return tl.load(at, mask=ok, other=other).to(tl.float32)
+
+
+@triton.jit
 def activate(a, GELU: tl.constexpr):
     """-> act(a) and its slope. SiLU and GeLU are both a s(u): u = a, or 2 sqrt(2/pi) (a + 0.044715 a^3) since
     (1 + tanh(u/2))/2 = s(u). The sigmoid as 1/(1 + exp(-u)) stays finite; (e^u - 1)/(e^u + 1), as lectures
@@ -190,20 +209,20 @@ def activate(a, GELU: tl.constexpr):
 @triton.jit
 def gate_kernel(a_ptr, b_ptr, y_ptr, n, GELU: tl.constexpr, GATED: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)       # int64: n may exceed 2^31
-    y, _ = activate(tl.load(a_ptr + at, mask=at < n).to(tl.float32), GELU)   # bf16 is for traffic alone
+    y, _ = activate(load(a_ptr + at, at < n), GELU)
     if GATED:
-        y *= tl.load(b_ptr + at, mask=at < n).to(tl.float32)
-    tl.store(y_ptr + at, y, mask=at < n)                   # the last block may reach beyond the end
+        y *= load(b_ptr + at, at < n)
+    tl.store(y_ptr + at, y, mask=at < n)
 
 
 @triton.jit
 def gate_backward_kernel(dy_ptr, a_ptr, b_ptr, da_ptr, db_ptr, n, GELU: tl.constexpr, GATED: tl.constexpr,
                          BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    dy = tl.load(dy_ptr + at, mask=at < n).to(tl.float32)
-    y, slope = activate(tl.load(a_ptr + at, mask=at < n).to(tl.float32), GELU)
+    dy = load(dy_ptr + at, at < n)
+    y, slope = activate(load(a_ptr + at, at < n), GELU)
     if GATED:
-        b = tl.load(b_ptr + at, mask=at < n).to(tl.float32)
+        b = load(b_ptr + at, at < n)
         tl.store(db_ptr + at, dy * y, mask=at < n)
         dy *= b
     tl.store(da_ptr + at, dy * slope, mask=at < n)
@@ -211,9 +230,8 @@ def gate_backward_kernel(dy_ptr, a_ptr, b_ptr, da_ptr, db_ptr, n, GELU: tl.const
 
 class Gate(torch.autograd.Function):
     """y = act(a) b (SwiGLU), or act(a) alone (GeLU).      da = dy b act'(a),  db = dy act(a)
-    Traffic  forward 2 reads and 1 write an element, backward 3 and 2 (alone: 1 and 1, 2 and 1): act(a) is
-             computed
-    again, not kept. Eager SwiGLU 3 and 2 forward; eager GeLU, operator by operator, 11 and 8.
+    Traffic  SwiGLU 2 reads and 1 write an element forward, 3 and 2 backward; GeLU 1 and 1, 2 and 1: act(a) is
+             computed again, not kept. By operators forward: SwiGLU 5 and 3, GeLU 10 and 8.
     Floor    SwiGLU 16384 x 14336 bf16 at an H200's 4.3 TB/s: 328 and 546 us."""
     @staticmethod
     def forward(ctx, a, b, gelu):
@@ -240,8 +258,7 @@ def gelu(x):
 
 def swiglu(a, b):
     check(a, b)
-    if a.shape != b.shape or a.dtype != b.dtype:
-        raise ValueError(f"swiglu of {show(a, b)}: give two alike")
+    expect(a.shape == b.shape and a.dtype == b.dtype, "swiglu", [a, b], "two alike")
     return Gate.apply(a, b, False)
 
 
@@ -266,8 +283,7 @@ def softmax_kernel(x_ptr, y_ptr, M, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     at, e = row.to(tl.int64) * N + col, tl.zeros((ROWS, BLOCK), tl.float32)
     top, total = tl.full((ROWS, 1), LOWEST, tl.float32), tl.zeros((ROWS, 1), tl.float32)
     for start in range(0, N, BLOCK):
-        ok = (row < M) & (col < N - start)
-        x = tl.load(x_ptr + at + start, mask=ok, other=-float("inf")).to(tl.float32)
+        x = load(x_ptr + at + start, (row < M) & (col < N - start), -float("inf"))
         new = tl.maximum(top, tl.max(x, 1, keep_dims=True))
         e = tl.exp(x - new)
         top, total = new, total * tl.exp(top - new) + tl.sum(e, 1, keep_dims=True)
@@ -275,7 +291,7 @@ def softmax_kernel(x_ptr, y_ptr, M, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     for start in range(0, N, BLOCK):
         ok = (row < M) & (col < N - start)
         if N > BLOCK:                       # else e is still in registers, and this loop has one round
-            e = tl.exp(tl.load(x_ptr + at + start, mask=ok, other=-float("inf")).to(tl.float32) - top)
+            e = tl.exp(load(x_ptr + at + start, ok, -float("inf")) - top)
         tl.store(y_ptr + at + start, e / total, mask=ok)
 
 
@@ -286,14 +302,12 @@ def softmax_backward_kernel(dy_ptr, y_ptr, dx_ptr, M, N, ROWS: tl.constexpr, BLO
     y, dy = tl.zeros((ROWS, BLOCK), tl.float32), tl.zeros((ROWS, BLOCK), tl.float32)
     for start in range(0, N, BLOCK):
         ok = (row < M) & (col < N - start)
-        y = tl.load(y_ptr + at + start, mask=ok, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at + start, mask=ok, other=0.0).to(tl.float32)
+        y, dy = load(y_ptr + at + start, ok), load(dy_ptr + at + start, ok)
         dot += tl.sum(y * dy, 1, keep_dims=True)
     for start in range(0, N, BLOCK):
         ok = (row < M) & (col < N - start)
         if N > BLOCK:
-            y = tl.load(y_ptr + at + start, mask=ok, other=0.0).to(tl.float32)
-            dy = tl.load(dy_ptr + at + start, mask=ok, other=0.0).to(tl.float32)
+            y, dy = load(y_ptr + at + start, ok), load(dy_ptr + at + start, ok)
         tl.store(dx_ptr + at + start, y * (dy - dot), mask=ok)
 
 
@@ -320,27 +334,27 @@ class Softmax(torch.autograd.Function):
 
 def softmax(x):
     check(x)
+    expect(x.dim() and x.shape[-1], "softmax", [x], "rows of one number or more")
     return Softmax.apply(x)
 
 
 @triton.jit
 def weighted_sum_kernel(x_ptr, w_ptr, y_ptr, M, N, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
-    w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + row.to(tl.int64) * N + col, mask=(row < M) & (col < N), other=0.0).to(tl.float32)
-    tl.store(y_ptr + row, tl.sum(x * w, 1, keep_dims=True), mask=row < M)
+    x = load(x_ptr + row.to(tl.int64) * N + col, (row < M) & (col < N))
+    tl.store(y_ptr + row, tl.sum(x * load(w_ptr + col, col < N), 1, keep_dims=True), mask=row < M)
 
 
 @triton.jit
 def weighted_sum_backward_kernel(dy_ptr, x_ptr, w_ptr, dx_ptr, dw_ptr, M, N, ROWS: tl.constexpr,
                                  BLOCK: tl.constexpr):
     col, dw = tl.arange(0, BLOCK)[None, :], tl.zeros((ROWS, BLOCK), tl.float32)
-    w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+    w = load(w_ptr + col, col < N)
     for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         at, ok = row.to(tl.int64) * N + col, (row < M) & (col < N)
-        dy = tl.load(dy_ptr + row, mask=row < M, other=0.0).to(tl.float32)
-        dw += dy * tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        dy = load(dy_ptr + row, row < M)
+        dw += dy * load(x_ptr + at, ok)
         tl.store(dx_ptr + at, dy * w, mask=ok)
     tl.store(dw_ptr + tl.program_id(0) * N + col, tl.sum(dw, 0, keep_dims=True), mask=col < N)
 
@@ -374,9 +388,8 @@ def partial_sums(x):
 
 def check_rows(x, w):
     check(x, w)
-    if w.shape != x.shape[-1:] or x.shape[-1] > 16384:
-        raise ValueError(f"rows {show(x)} and gain {show(w)}: give a gain of shape ({x.shape[-1]},), and "
-                         f"rows of at most 16384, which fit in registers")
+    expect(x.dim() and w.shape == x.shape[-1:] and 0 < x.shape[-1] <= 16384, "rows and gain", [x, w],
+           "a gain as long as a row, and rows of 1 to 16384 numbers, which fit in registers")
 
 
 def weighted_sum(x, w):
@@ -389,31 +402,30 @@ def rmsnorm_kernel(x_ptr, add_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, eps, ADD: tl.c
                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
     row, col = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK)[None, :]
     at, ok = row.to(tl.int64) * N + col, (row < M) & (col < N)
-    x = tl.load(x_ptr + at, mask=ok, other=0.0).to(tl.float32)
+    x = load(x_ptr + at, ok)
     if ADD:
-        x += tl.load(add_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        x += load(add_ptr + at, ok)
         tl.store(h_ptr + at, x, mask=ok)
     rstd = tl.rsqrt(tl.sum(x * x, 1, keep_dims=True) / N + eps)
     tl.store(rstd_ptr + row, rstd, mask=row < M)
-    w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, x * rstd * w, mask=ok)
+    tl.store(y_ptr + at, x * rstd * load(w_ptr + col, col < N), mask=ok)
 
 
 @triton.jit
 def rmsnorm_backward_kernel(dy_ptr, dh_ptr, h_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, ADD: tl.constexpr, M, N,
                             ROWS: tl.constexpr, BLOCK: tl.constexpr):
     col, dw = tl.arange(0, BLOCK)[None, :], tl.zeros((ROWS, BLOCK), tl.float32)
-    w = tl.load(w_ptr + col, mask=col < N, other=0.0).to(tl.float32)
+    w = load(w_ptr + col, col < N)
     for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         at, ok = row.to(tl.int64) * N + col, (row < M) & (col < N)
-        rstd = tl.load(rstd_ptr + row, mask=row < M, other=0.0)
-        n = tl.load(h_ptr + at, mask=ok, other=0.0).to(tl.float32) * rstd            # the normalised row
-        dy = tl.load(dy_ptr + at, mask=ok, other=0.0).to(tl.float32)
+        rstd = load(rstd_ptr + row, row < M)
+        n = load(h_ptr + at, ok) * rstd                    # the normalised row
+        dy = load(dy_ptr + at, ok)
         dw += dy * n
         dx = rstd * (dy * w - n * (tl.sum(dy * w * n, 1, keep_dims=True) / N))
         if ADD:                                            # the sum goes on along the residual stream
-            dx += tl.load(dh_ptr + at, mask=ok, other=0.0).to(tl.float32)
+            dx += load(dh_ptr + at, ok)
         tl.store(dx_ptr + at, dx, mask=ok)
     tl.store(dw_ptr + tl.program_id(0) * N + col, tl.sum(dw, 0, keep_dims=True), mask=col < N)
 
@@ -451,8 +463,9 @@ def rms_norm(x, w, eps=1e-5):
 def add_rms_norm(x, residual, w, eps=1e-5):
     """-> (rms_norm(x + residual), x + residual)"""
     check_rows(x, w)
-    if x.shape != residual.shape or x.dtype != residual.dtype or x.device != residual.device:
-        raise ValueError(f"x {show(x)} and residual {show(residual)}: give two alike")
+    check(x, residual)
+    expect(x.shape == residual.shape and x.dtype == residual.dtype, "x and residual", [x, residual],
+           "two alike")
     return RMSNorm.apply(x, residual, w, eps)
 
 
@@ -461,20 +474,21 @@ def add_rms_norm(x, residual, w, eps=1e-5):
 @triton.jit
 def rope_kernel(x_ptr, y_ptr, cos_ptr, sin_ptr, xb, xt, xn, yb, yt, yn, tb, T, N, sign, H: tl.constexpr,
                 HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    b, t = tl.program_id(0) // T, tl.program_id(0) % T     # one program a token, all its heads
+    token = tl.program_id(0).to(tl.int64)                  # one program a token, all its heads
+    b, t = token // T, token % T
     n, h, j = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // 2)[None, :]
     ok, angle = (n < N) & (h < H), (b * tb + t) * (H // 2) + j
-    cos = tl.load(cos_ptr + angle, mask=j < H // 2)
-    sin = tl.load(sin_ptr + angle, mask=j < H // 2) * sign
-    x = tl.load(x_ptr + b.to(tl.int64) * xb + t * xt + n * xn + h, mask=ok).to(tl.float32)
+    cos, sin = load(cos_ptr + angle, j < H // 2), load(sin_ptr + angle, j < H // 2) * sign
+    x = load(x_ptr + b * xb + t * xt + n * xn + h, ok)
     # Pairs are neighbours: whole lines are loaded, and taken apart in registers.
     re, im = tl.split(tl.reshape(x, (HEADS, BLOCK // 2, 2)))
     y = tl.reshape(tl.join(re * cos - im * sin, re * sin + im * cos), (HEADS, BLOCK))
-    tl.store(y_ptr + b.to(tl.int64) * yb + t * yt + n * yn + h, y, mask=ok)
+    tl.store(y_ptr + b * yb + t * yt + n * yn + h, y, mask=ok)
 
 
-def rotate(x, y, cos, sin, sign):
+def rotate(x, cos, sin, sign, inplace=False):
     (B, T, N, H), tb = x.shape, 0 if cos.dim() == 2 else x.shape[1]
+    y = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rope_kernel[(B * T,)](x, y, cos, sin, *x.stride()[:3], *y.stride()[:3], tb, T, N, sign, H,
                           triton.next_power_of_2(N), triton.next_power_of_2(H))
     return y
@@ -490,12 +504,12 @@ class Rope(torch.autograd.Function):
         ctx.save_for_backward(cos, sin)
         if inplace:
             ctx.mark_dirty(x)
-        return rotate(x, x if inplace else torch.empty_like(x), cos, sin, 1.0)
+        return rotate(x, cos, sin, 1.0, inplace)
 
     @staticmethod
     def backward(ctx, dy):
         dy = dy if dy.stride(-1) == 1 else dy.contiguous()
-        return rotate(dy, torch.empty_like(dy), *ctx.saved_tensors, -1.0), None, None, None
+        return rotate(dy, *ctx.saved_tensors, -1.0), None, None, None
 
 
 def rope_table(positions, H, theta=10000.0):
@@ -508,11 +522,11 @@ def rope_table(positions, H, theta=10000.0):
 def rope(x, cos, sin, inplace=False):
     """x (B,T,N,H), the last dimension contiguous; cos and sin from rope_table -> the same shape."""
     check(x, cos, sin)
-    if x.dim() != 4 or x.shape[-1] % 2 or x.stride(-1) != 1 or \
-            cos.shape[-2:] != (x.shape[1], x.shape[-1] // 2):
-        raise ValueError(f"rope of x {show(x)}, strides {x.stride()}, with tables {show(cos)}: give "
-                         f"(B,T,heads,H), H even and contiguous, and tables (T,H/2) or (B,T,H/2)")
-    return Rope.apply(x, cos, sin, inplace)
+    B, T, N, H = x.shape if x.dim() == 4 else (0, 0, 0, 1)
+    expect(H % 2 == 0 and x.stride(-1) == 1 and cos.shape == sin.shape and
+           cos.shape in ((T, H // 2), (B, T, H // 2)), "rope", [x, cos, sin],
+           "(B,T,heads,H), H even and contiguous, and tables (T,H/2) or (B,T,H/2)")
+    return Rope.apply(x, cos.contiguous(), sin.contiguous(), inplace)
 
 
 # --- 5. cross-entropy, and with the output matrix -----------------------------------------------------------
@@ -526,16 +540,16 @@ def cross_entropy_kernel(z_ptr, target_ptr, loss_ptr, lse_ptr, V, ignore, smooth
     z_ptr += row * V
     target = tl.load(target_ptr + row)
     top, total = tl.full((1,), LOWEST, tl.float32), tl.zeros((1,), tl.float32)
-    every = tl.zeros((1,), tl.float32)
+    every = tl.zeros((1,), tl.float32)                     # the sum of all logits, for label smoothing
     for start in range(0, V, BLOCK):
         col = start + tl.arange(0, BLOCK)
-        z = tl.load(z_ptr + col, mask=col < V, other=-float("inf")).to(tl.float32)
+        z = load(z_ptr + col, col < V, -float("inf"))
         new = tl.maximum(top, tl.max(z, 0))
         top, total = new, total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
         every += tl.sum(tl.where(col < V, z, 0.0), 0)
     lse, at = top + tl.log(total), row + tl.arange(0, 1)
     # A target outside 0..V-1 gives NaN rather than a plausible number.
-    right = tl.load(z_ptr + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
+    right = load(z_ptr + target, (target >= 0) & (target < V), float("nan"))
     mean = tl.where(smooth > 0, every / V, 0.0)                              # 0 * -inf would be NaN
     loss = lse - (1 - smooth) * right - smooth * mean + z_weight * lse * lse
     tl.store(loss_ptr + at, tl.where(target == ignore, 0.0, loss))
@@ -547,8 +561,7 @@ def cross_entropy_backward_kernel(z_ptr, target_ptr, lse_ptr, g_ptr, V, ignore, 
                                   BLOCK: tl.constexpr):
     row, col = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     target, lse, g = tl.load(target_ptr + row), tl.load(lse_ptr + row), tl.load(g_ptr + row)
-    z = tl.load(z_ptr + row * V + col, mask=col < V, other=0.0).to(tl.float32)
-    dz = tl.exp(z - lse) * (1 + 2 * z_weight * lse) - smooth / V
+    dz = tl.exp(load(z_ptr + row * V + col, col < V) - lse) * (1 + 2 * z_weight * lse) - smooth / V
     dz = tl.where(col == target, dz - (1 - smooth), dz)
     tl.store(z_ptr + row * V + col, tl.where(target == ignore, 0.0, dz * g), mask=col < V)
 
@@ -600,10 +613,9 @@ def cross_entropy(logits, targets, ignore_index=-100, label_smoothing=0.0, z_los
 
 
 def check_targets(x, targets):
-    check(x)
-    if targets.shape != x.shape[:-1] or targets.dtype != torch.int64 or targets.device != x.device:
-        raise ValueError(f"targets {show(targets)} on {targets.device} for {show(x)} on {x.device}: "
-                         f"give int64 of shape {tuple(x.shape[:-1])} there")
+    check(x, others=[targets])
+    expect(x.dim() and targets.shape == x.shape[:-1] and targets.dtype == torch.int64, "cross-entropy",
+           [x, targets], "targets in int64, of the first one's shape but for its last dimension")
 
 
 def add_product(out, a, b):
@@ -625,17 +637,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     FLOPs  6 V D a token, as unfused.  Memory  one chunk of logits and dW in fp32, not three times B T V.
     Floor  8192 tokens, D 4096, V 128256 at 790 TFLOP/s: 32.7 ms."""
     @staticmethod
-    def forward(ctx, x, w, targets, options, chunk):
-        kind, need, ctx.dtype = work_dtype(x), any(ctx.needs_input_grad), w.dtype
+    def forward(ctx, x, w, targets, options, chunk, need_grad):
+        kind, ctx.dtype, (ignore, _, z_weight) = work_dtype(x), w.dtype, options
         low, loss, lse = w.to(kind), *torch.empty(2, len(x), device=x.device)
-        dx, dw = (torch.empty_like(x), torch.zeros(w.shape, device=w.device)) if need else (None, None)
-        ignore, _, z_weight = options
+        dx, dw = (torch.empty_like(x), torch.zeros(w.shape, device=w.device)) if need_grad else (None, None)
         share = (1.0 / (targets != ignore).sum()).float().expand(len(x)).contiguous()  # of a row in the mean
         for part in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
             rows = x[part].to(kind)
             z = rows @ low.T                               # (chunk, V)
             loss[part], lse[part] = cross_entropy_forward(z, targets[part], options)
-            if need:
+            if need_grad:
                 cross_entropy_backward(z, targets[part], lse[part], share[part], options)
                 dx[part] = z @ low
                 add_product(dw, z.T, rows)
@@ -648,7 +659,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         dx, dw = ctx.saved_tensors                         # scaled in place: torch refuses a second pass
-        return dx.mul_(grad), dw.mul_(grad).to(ctx.dtype), None, None, None
+        return dx.mul_(grad), dw.mul_(grad).to(ctx.dtype), None, None, None, None
 
 
 def linear_cross_entropy(x, w, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
@@ -656,11 +667,12 @@ def linear_cross_entropy(x, w, targets, ignore_index=-100, label_smoothing=0.0, 
     """x (...,D), w (V,D), targets (...) -> means over the targets: (objective, it without the z-loss)."""
     check(x, w)
     check_targets(x, targets)
-    if w.shape[1:] != x.shape[-1:]:
-        raise ValueError(f"x {show(x)} and w {show(w)} do not fit: give w (V, {x.shape[-1]})")
+    expect(w.dim() == 2 and w.shape[1:] == x.shape[-1:], "linear + cross-entropy", [x, w],
+           f"w (V, {x.shape[-1]})")
     chunk = max(128, chunk_bytes // (2 * len(w)) // 128 * 128)  # rows; few chunks, few passes over dW
+    need_grad = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad)
     return LinearCrossEntropy.apply(x.reshape(-1, x.shape[-1]), w, targets.reshape(-1).contiguous(),
-                                    (ignore_index, label_smoothing, z_loss), chunk)
+                                    (ignore_index, label_smoothing, z_loss), chunk, need_grad)
 
 
 # --- 6. FlashAttention-2 ------------------------------------------------------------------------------------
@@ -698,25 +710,29 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        return *attention_gradients(*ctx.saved_tensors, do, ctx.is_causal), None, None
-
-
-def attention_gradients(q, k, v, o, L, do, is_causal):
-    """dV = P^T dO,  dP = dO V^T,  dS = P (dP - D),  dQ = dS K / sqrt(H),  dK = dS^T Q / sqrt(H).
-    D = rowsum(dO O) is rowsum(P dP), which the softmax's gradient needs, known before any tile is."""
-    scale, (T, S) = 1 / math.sqrt(q.shape[-1]), (q.shape[-2], k.shape[-2])
-    scores = (q @ k.mT).float() * scale
-    if is_causal:
-        scores = scores.masked_fill(~torch.ones(T, S, device=q.device, dtype=bool).tril(S - T), -math.inf)
-    p = torch.exp(scores - L[..., None]).nan_to_num(0.0)                     # a query that sees nothing
-    ds = p * ((do @ v.mT).float() - (do * o).float().sum(-1, keepdim=True)) * scale
-    return ds.to(q.dtype) @ k, ds.to(q.dtype).mT @ q, p.to(do.dtype).mT @ do
+        """dV = P^T dO,  dP = dO V^T,  dS = P (dP - D),  dQ = dS K / sqrt(H),  dK = dS^T Q / sqrt(H).
+        D = rowsum(dO O) is rowsum(P dP), which the softmax's gradient needs, known before any tile is."""
+        q, k, v, o, L = ctx.saved_tensors
+        scale, (T, S) = 1 / math.sqrt(q.shape[-1]), (q.shape[-2], k.shape[-2])
+        scores = (q @ k.mT).float() * scale
+        if ctx.is_causal:
+            scores = scores.masked_fill(~torch.ones(T, S, device=q.device, dtype=bool).tril(S - T), -math.inf)
+        p = torch.exp(scores - L[..., None]).nan_to_num(0.0)                 # a query that sees nothing
+        ds = p * ((do @ v.mT).float() - (do * o).float().sum(-1, keepdim=True)) * scale
+        return ds.to(q.dtype) @ k, ds.to(q.dtype).mT @ q, p.to(do.dtype).mT @ do, None, None
 
 
 @triton.jit
-def load_rows(ptr, stride, row, rows, H: tl.constexpr, BH: tl.constexpr):
-    h = tl.arange(0, BH)[None, :]
-    return tl.load(ptr + row[:, None] * stride + h, mask=(row[:, None] < rows) & (h < H), other=0.0)
+def load_rows(ptr, stride, start, rows, BLOCK: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
+    """Rows from `start` on of a (rows, H) matrix -> (BLOCK, BH) in its own type, for tl.dot; zeros beyond it.
+    tl.dot runs on tensor cores. They take no fp32: input_precision="tf32x3" makes of it three products of
+    tf32, exact to some 1e-6; the default, one, is off by 3e-4. To bf16 and fp16 it means nothing."""
+    row, h = tl.arange(0, BLOCK)[:, None], tl.arange(0, BH)[None, :]
+    ptr += tl.cast(start, tl.int64) * stride               # row * stride fits in 32 bits: see heads_last
+    ok = row < rows - start
+    if H < BH:
+        ok = ok & (h < H)
+    return tl.load(ptr + row * stride + h, mask=ok, other=0.0)
 
 
 @triton.jit
@@ -751,7 +767,7 @@ def attend_tiles(acc, top, total, q, k_ptr, v_ptr, kt, vt, first, last, t, T, S,
     an element are saved, a good part of the work that is no matrix product."""
     for start in range(first, last, BK):
         s = start + tl.arange(0, BK)
-        k, v = load_rows(k_ptr, kt, s, S, H, BH), load_rows(v_ptr, vt, s, S, H, BH)
+        k, v = load_rows(k_ptr, kt, start, S, BK, H, BH), load_rows(v_ptr, vt, start, S, BK, H, BH)
         scores = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale    # (BQ,BK), in units of ln 2
         if MASKED:
             scores = tl.where(visible(t[:, None], s[None, :], T, S, CAUSAL, WINDOW), scores, -float("inf"))
@@ -766,10 +782,10 @@ def attend_tiles(acc, top, total, q, k_ptr, v_ptr, kt, vt, first, last, t, T, S,
 def flash_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, qt, kt, vt, N, T, S, group, scale,
                  CAUSAL: tl.constexpr, WINDOW: tl.constexpr, H: tl.constexpr, BH: tl.constexpr,
                  BQ: tl.constexpr, BK: tl.constexpr):
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # causal: long tiles start first, short ones fill up
-    b, n = tl.program_id(1).to(tl.int64) // N, tl.program_id(1) % N
+    # Programs start in order: the last tile first, which under a causal mask is the longest.
+    tile, n, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t = tile * BQ + tl.arange(0, BQ)
-    q = load_rows(q_ptr + b * T * qt + n * H, qt, t, T, H, BH)
+    q = load_rows(q_ptr + b * T * qt + n * H, qt, tile * BQ, T, BQ, H, BH)
     k_ptr += b * S * kt + n // group * H                   # `group` query heads read one key/value head
     v_ptr += b * S * vt + n // group * H
     # Keys [first, last) are seen by some query of the tile, [inner, outer) by all of them.
@@ -791,33 +807,33 @@ def flash_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, qt, kt, vt, N, T, S, group
     lse = tl.where(total > 0, top + tl.log2(tl.maximum(total, 1e-30)), -float("inf")) / LOG2E
     h, at = tl.arange(0, BH)[None, :], ((b * T + t) * N + n)[:, None] * H
     tl.store(o_ptr + at + h, acc / tl.maximum(total, 1e-30)[:, None], mask=(t < T)[:, None] & (h < H))
-    tl.store(lse_ptr + tl.program_id(1).to(tl.int64) * T + t, lse, mask=t < T)
+    tl.store(lse_ptr + (b * N + n) * T + t, lse, mask=t < T)
 
 
 @triton.jit
 def flash_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_ptr, qt, kt, vt, N, T, S,
                     group, scale, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, H: tl.constexpr,
                     BH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    b, n = tl.program_id(1).to(tl.int64) // N, tl.program_id(1) % N
+    tile, n, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     t, head, row = tile * BQ + tl.arange(0, BQ), (b * T * N + n) * H, (b * N + n) * T
-    q = load_rows(q_ptr + b * T * qt + n * H, qt, t, T, H, BH)
+    q = load_rows(q_ptr + b * T * qt + n * H, qt, tile * BQ, T, BQ, H, BH)
     k_ptr += b * S * kt + n // group * H
     v_ptr += b * S * vt + n // group * H
-    do, o = load_rows(do_ptr + head, N * H, t, T, H, BH), load_rows(o_ptr + head, N * H, t, T, H, BH)
+    do = load_rows(do_ptr + head, N * H, tile * BQ, T, BQ, H, BH)
+    o = load_rows(o_ptr + head, N * H, tile * BQ, T, BQ, H, BH)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     tl.store(delta_ptr + row + t, delta, mask=t < T)       # for the other kernel, which runs after this one
-    lse, dq = tl.load(lse_ptr + row + t, mask=t < T, other=0.0) * LOG2E, tl.zeros((BQ, BH), tl.float32)
+    lse, dq = load(lse_ptr + row + t, t < T) * LOG2E, tl.zeros((BQ, BH), tl.float32)
     first, last = keys_seen(tile, T, S, CAUSAL, WINDOW, BQ, BK)
     for start in range(first, last, BK):
         s = start + tl.arange(0, BK)
-        k, v = load_rows(k_ptr, kt, s, S, H, BH), load_rows(v_ptr, vt, s, S, H, BH)
+        k, v = load_rows(k_ptr, kt, start, S, BK, H, BH), load_rows(v_ptr, vt, start, S, BK, H, BH)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * LOG2E) - lse[:, None])
         p = tl.where(visible(t[:, None], s[None, :], T, S, CAUSAL, WINDOW), p, 0.0)
         ds = p * (tl.dot(do, tl.trans(v), input_precision="tf32x3") - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
-    h = tl.arange(0, BH)[None, :]
-    tl.store(dq_ptr + head + t[:, None] * N * H + h, dq * scale, mask=(t < T)[:, None] & (h < H))
+    h, at = tl.arange(0, BH)[None, :], ((b * T + t) * N + n)[:, None] * H
+    tl.store(dq_ptr + at + h, dq * scale, mask=(t < T)[:, None] & (h < H))
 
 
 @triton.jit
@@ -827,11 +843,10 @@ def flash_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     """A program owns a tile of keys and walks over the queries that see it, for every head of its group: the
     sums stay in registers, so no atomics. All is transposed, (BK,BQ), so that P^T and dS^T stand on the left
     of a product, where tensor cores read registers."""
-    tile, kv_heads = tl.program_id(0), N // group
-    b, kv = tl.program_id(1).to(tl.int64) // kv_heads, tl.program_id(1) % kv_heads
+    tile, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     s, shift = tile * BK + tl.arange(0, BK), S - T
-    k = load_rows(k_ptr + b * S * kt + kv * H, kt, s, S, H, BH)
-    v = load_rows(v_ptr + b * S * vt + kv * H, vt, s, S, H, BH)
+    k = load_rows(k_ptr + b * S * kt + kv * H, kt, tile * BK, S, BK, H, BH)
+    v = load_rows(v_ptr + b * S * vt + kv * H, vt, tile * BK, S, BK, H, BH)
     first, last = 0, T
     if CAUSAL:
         first = tl.maximum(0, tile * BK - shift) // BQ * BQ
@@ -840,26 +855,28 @@ def flash_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
     dk, dv = tl.zeros((BK, BH), tl.float32), tl.zeros((BK, BH), tl.float32)
     tiles = tl.maximum(0, tl.cdiv(last - first, BQ))
     for i in range(group * tiles):                         # heads and tiles in one loop: two cost registers
-        n, t = kv * group + i // tiles, first + i % tiles * BQ + tl.arange(0, BQ)
-        row = (b * N + n) * T
-        q = load_rows(q_ptr + b * T * qt + n * H, qt, t, T, H, BH)
-        do = load_rows(do_ptr + (b * T * N + n) * H, N * H, t, T, H, BH)
-        lse = tl.load(lse_ptr + row + t, mask=t < T, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + row + t, mask=t < T, other=0.0)
+        n, start = kv * group + i // tiles, first + i % tiles * BQ
+        t, row = start + tl.arange(0, BQ), (b * N + n) * T
+        q = load_rows(q_ptr + b * T * qt + n * H, qt, start, T, BQ, H, BH)
+        do = load_rows(do_ptr + (b * T * N + n) * H, N * H, start, T, BQ, H, BH)
+        lse, delta = load(lse_ptr + row + t, t < T) * LOG2E, load(delta_ptr + row + t, t < T)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * (scale * LOG2E) - lse[None, :])
         p = tl.where(visible(t[None, :], s[:, None], T, S, CAUSAL, WINDOW), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
         ds = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
-    h, at = tl.arange(0, BH)[None, :], ((b * S + s) * kv_heads + kv)[:, None] * H
+    h, at = tl.arange(0, BH)[None, :], ((b * S + s) * tl.num_programs(1) + kv)[:, None] * H
     tl.store(dk_ptr + at + h, dk * scale, mask=(s < S)[:, None] & (h < H))
     tl.store(dv_ptr + at + h, dv, mask=(s < S)[:, None] & (h < H))
 
 
-def flash_tiles(H, dtype):
+def flash_tiles(x):
     """Tiles (queries, keys), warps, stages for forward, dQ and dK/dV: in bf16 the largest that compile for
-    sm_90 without spilling a register. fp32 (each product as three of tf32) is for exactness, not speed."""
-    if dtype == torch.float32:
+    sm_90 without spilling a register. fp32 (each product as three of tf32) is for exactness, not speed. The
+    same small tiles do for GPUs whose blocks have less shared memory (A100 163 KB, RTX 4090 99 KB)."""
+    H = x.shape[-1]
+    if x.dtype == torch.float32 or x.is_cuda and torch.cuda.get_device_properties(
+            x.device).shared_memory_per_block_optin < 227 * 1024:
         tiles = [(64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)] if H <= 64 else [(32, 32, 4, 1)] * 3
     elif H <= 64:
         tiles = (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)
@@ -875,7 +892,8 @@ def heads_last(x):
     this copies nothing, and one stride, from token to token, says it all."""
     x = x.transpose(1, 2)
     B, T, N, H = x.shape
-    return x if x.stride(3) == 1 and x.stride(2) == H and x.stride(0) == T * x.stride(1) else x.contiguous()
+    side_by_side = x.stride(3) == 1 and x.stride(2) == H and x.stride(0) == T * x.stride(1) < T * 2**24
+    return x if side_by_side else x.contiguous()
 
 
 class FlashAttention(torch.autograd.Function):
@@ -891,8 +909,8 @@ class FlashAttention(torch.autograd.Function):
         o, lse = torch.empty(q.shape, dtype=q.dtype, device=q.device), torch.empty(B, N, T, device=q.device)
         ctx.args = (q.stride(1), k.stride(1), v.stride(1), N, T, S, N // K, 1 / math.sqrt(H), is_causal,
                     window, H, max(16, triton.next_power_of_2(H)))           # tensor cores take 16 at least
-        tiles = flash_tiles(H, q.dtype)[0]
-        flash_kernel[(triton.cdiv(T, tiles["BQ"]), B * N)](q, k, v, o, lse, *ctx.args, **tiles)
+        tiles = flash_tiles(q)[0]
+        flash_kernel[triton.cdiv(T, tiles["BQ"]), N, B](q, k, v, o, lse, *ctx.args, **tiles)
         ctx.save_for_backward(q, k, v, o, lse[:, 0] if ctx.flat else lse)
         return o[:, :, 0] if ctx.flat else o.transpose(1, 2)
 
@@ -903,11 +921,11 @@ class FlashAttention(torch.autograd.Function):
         do = (do[:, None] if ctx.flat else do).transpose(1, 2).contiguous()
         dq, delta = torch.empty_like(o), torch.empty_like(lse)
         dk, dv = torch.empty(2, B, S, K, H, dtype=k.dtype, device=k.device)
-        _, tiles_q, tiles_k = flash_tiles(H, q.dtype)
-        flash_dq_kernel[(triton.cdiv(T, tiles_q["BQ"]), B * N)](q, k, v, o, do, lse, delta, dq, *ctx.args,
-                                                                **tiles_q)
-        flash_dkv_kernel[(triton.cdiv(S, tiles_k["BK"]), B * K)](q, k, v, do, lse, delta, dk, dv, *ctx.args,
-                                                                 **tiles_k)
+        _, tiles_q, tiles_k = flash_tiles(q)
+        flash_dq_kernel[triton.cdiv(T, tiles_q["BQ"]), N, B](q, k, v, o, do, lse, delta, dq, *ctx.args,
+                                                             **tiles_q)
+        flash_dkv_kernel[triton.cdiv(S, tiles_k["BK"]), K, B](q, k, v, do, lse, delta, dk, dv, *ctx.args,
+                                                              **tiles_k)
         return *(x[:, :, 0] if ctx.flat else x.transpose(1, 2) for x in (dq, dk, dv)), None, None
 
 
@@ -916,11 +934,10 @@ def attention(q, k, v, is_causal=True, window=0):
     a window only the last `window` of them, itself included."""
     check(q, k, v)
     H = q.shape[-1]
-    if q.dim() not in (3, 4) or k.dim() != q.dim() or k.shape != v.shape or k.shape[-1] != H or \
-            k.shape[0] != q.shape[0] or q.dim() == 4 and q.shape[1] % k.shape[1] or \
-            not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"attention of {show(q, k, v)}: give (B,N,T,H) and twice (B,K,S,H), "
-                         f"N a multiple of K")
+    expect(q.dim() in (3, 4) and k.dim() == q.dim() and k.shape == v.shape and k.shape[-1] == H and
+           k.shape[0] == q.shape[0] and (q.dim() == 3 or q.shape[1] % k.shape[1] == 0) and
+           q.dtype == k.dtype == v.dtype and len(q) < 2**16, "attention", [q, k, v],
+           "(B,N,T,H) and twice (B,K,S,H), N a multiple of K, B at most 65,535")
     if not 16 <= H <= 256:
         raise ValueError(f"head dim {H} is not supported: 16 to 256, or torch's scaled_dot_product_attention")
     if window < 0 or window and not is_causal:
@@ -943,8 +960,9 @@ def tile_position(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
     return first + tile % width % height, tile % width // height
 
 
-MATMUL_TILES = [triton.Config(dict(BM=BM, BN=BN, BK=64, GROUP=8), num_warps=warps, num_stages=stages)
-                for BM, BN, warps, stages in ((128, 256, 8, 3), (128, 128, 4, 3), (64, 128, 4, 4))]
+MATMUL_TILES = [triton.Config(dict(BM=BM, BN=BN, BK=BK, GROUP=8), num_warps=warps, num_stages=stages)
+                for BM, BN, BK, warps, stages in ((128, 256, 64, 8, 3), (128, 128, 64, 4, 3),
+                                                  (64, 128, 64, 4, 4), (64, 64, 32, 4, 3))]
 
 
 @triton.autotune(MATMUL_TILES[:1 if INTERPRETED else None], key=["M", "N", "K"])       # timed once a shape
@@ -952,10 +970,10 @@ MATMUL_TILES = [triton.Config(dict(BM=BM, BN=BN, BK=64, GROUP=8), num_warps=warp
 def matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, am, ak, bk, bn, GELU: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     pm, pn = tile_position(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
-    m, n, k = (pm * BM + tl.arange(0, BM))[:, None], (pn * BN + tl.arange(0, BN))[None, :], tl.arange(0, BK)
-    a_ptr += m.to(tl.int64) * am + k[None, :] * ak
-    b_ptr += k.to(tl.int64)[:, None] * bk + n * bn
-    acc = tl.zeros((BM, BN), tl.float32)
+    m, n = (pm * BM + tl.arange(0, BM))[:, None].to(tl.int64), (pn * BN + tl.arange(0, BN))[None, :]
+    k, acc = tl.arange(0, BK), tl.zeros((BM, BN), tl.float32)
+    a_ptr += m * am + k[None, :] * ak
+    b_ptr += k[:, None].to(tl.int64) * bk + n.to(tl.int64) * bn
     for start in range(0, K, BK):
         a = tl.load(a_ptr, mask=(m < M) & (k[None, :] < K - start), other=0.0)
         b = tl.load(b_ptr, mask=(k[:, None] < K - start) & (n < N), other=0.0)
@@ -964,18 +982,19 @@ def matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, am, ak, bk, bn, GELU: tl.constex
         b_ptr += BK * bk
     if GELU:                                               # the epilogue works on registers: no traffic
         acc, _ = activate(acc, True)
-    tl.store(c_ptr + m.to(tl.int64) * N + n, acc, mask=(m < M) & (n < N))
+    tl.store(c_ptr + m * N + n, acc, mask=(m < M) & (n < N))
 
 
 def matmul(a, b, gelu=False):
     """a b or gelu(a b), (M,K) x (K,N), any strides; forward only.      Floor  8192^3 bf16: 1.39 ms"""
     check(a, b)
-    if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0] or a.dtype != b.dtype:
-        raise ValueError(f"matmul of {show(a, b)}: give (M,K) and (K,N) of one dtype")
+    expect(a.dim() == b.dim() == 2 and a.shape[1] == b.shape[0] and a.dtype == b.dtype, "matmul", [a, b],
+           "(M,K) and (K,N) of one dtype")
     (M_, K), N = a.shape, b.shape[1]
     c = torch.empty(M_, N, dtype=a.dtype, device=a.device)
-    matmul_kernel[lambda tile: (triton.cdiv(M_, tile["BM"]) * triton.cdiv(N, tile["BN"]),)](
-        a, b, c, M_, N, K, *a.stride(), *b.stride(), gelu)
+    if c.numel():
+        matmul_kernel[lambda tile: (triton.cdiv(M_, tile["BM"]) * triton.cdiv(N, tile["BN"]),)](
+            a, b, c, M_, N, K, *a.stride(), *b.stride(), gelu)
     return c
 
 
@@ -990,8 +1009,8 @@ def tma_matmul_kernel(a, b, c, a_scale_ptr, b_scale_ptr, M, N, K, SCALED: tl.con
             acc = tl.dot(a.load([pm * BM, k]), b.load([pn * BN, k]).T, acc)
         if SCALED:
             m, n = pm * BM + tl.arange(0, BM), pn * BN + tl.arange(0, BN)
-            acc *= tl.load(a_scale_ptr + m, mask=m < M)[:, None]
-            acc *= tl.load(b_scale_ptr + n, mask=n < N)[None, :]
+            acc *= load(a_scale_ptr + m, m < M)[:, None]
+            acc *= load(b_scale_ptr + n, n < N)[None, :]
         c.store([pm * BM, pn * BN], acc.to(c.dtype))
 
 
@@ -999,21 +1018,31 @@ def linear(x, w, x_scale=None, w_scale=None):
     """x W^T, (M,K) and (N,K) in bf16 or fp16, or in fp8 with an fp32 scale a row of each (to_fp8) -> (M,N).
     Hopper's copy engine (TMA) fetches a tile by its descriptor: one thread asks, none computes addresses, and
     what lies beyond the edge reads as zero. One program a multiprocessor stays and walks over the tiles, so
-    that loads for the next start during this one's stores. fp8 doubles the rate and halves the bytes."""
-    check(x, w, kinds=(*(FLOATS if x.device.type == "cpu" else FLOATS[1:]), torch.float8_e4m3fn))
-    (M_, K), N, scaled = x.shape, len(w), x.dtype == torch.float8_e4m3fn
-    if w.shape != (N, K) or x.dtype != w.dtype or K * x.element_size() % 16 or N % 8 or \
-            scaled and (x_scale is None or w_scale is None):
-        raise ValueError(f"linear of {show(x, w)}: give (M,K) and (N,K) alike, K a multiple of 16 bytes, "
-                         f"N of 8; fp8 with both scales")
+    that loads for the next start during this one's stores. fp8 doubles the rate and halves the bytes; Hopper
+    adds fp8 products up with some 14 bits, which is less than fp32 and more than bf16 keeps."""
+    check(x, w, kinds=(*(FLOATS if x.device.type == "cpu" else FLOATS[1:]), torch.float8_e4m3fn),
+          others=[s for s in (x_scale, w_scale) if s is not None])
+    scaled = x.dtype == torch.float8_e4m3fn
+    expect(x.dim() == w.dim() == 2 and x.shape[1] == w.shape[1] > 0 and x.dtype == w.dtype and
+           x.shape[1] * x.element_size() % 16 == 0 and len(w) % 8 == 0, "linear", [x, w],
+           "(M,K) and (N,K) alike, K a multiple of 16 bytes, N of 8")
+    shapes = [None if s is None else s.shape for s in (x_scale, w_scale)]
+    expect(shapes == ([x.shape[:1], w.shape[:1]] if scaled else [None, None]), "linear", [x, w],
+           "fp8 both scales, one number a row, and other types none")
     if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
         raise ValueError(f"{torch.cuda.get_device_name(x.device)} has no TMA (sm_90 has): use matmul")
+    (M_, K), N = x.shape, len(w)
     c = torch.empty(M_, N, dtype=torch.bfloat16 if scaled else x.dtype, device=x.device)
+    if not c.numel():
+        return c
+    x, w = (t if t.is_contiguous() and t.data_ptr() % 16 == 0 else        # the engine's addresses: 16s
+            t.clone(memory_format=torch.contiguous_format) for t in (x, w))
     BM, BN, BK = 128, 256, 128 // x.element_size()
-    sides = [(x.contiguous(), BM, BK), (w.contiguous(), BN, BK), (c, BM, BN)]
+    a, b, out = (TensorDescriptor.from_tensor(t, tile)
+                 for t, tile in ((x, [BM, BK]), (w, [BN, BK]), (c, [BM, BN])))
     grid = (min(triton.cdiv(M_, BM) * triton.cdiv(N, BN), num_sms(x.device)),)
-    tma_matmul_kernel[grid](*(TensorDescriptor.from_tensor(t, [rows, cols]) for t, rows, cols in sides),
-                            x_scale, w_scale, M_, N, K, scaled, BM, BN, BK, 8, num_warps=8, num_stages=3)
+    tma_matmul_kernel[grid](a, b, out, *(s.contiguous() if scaled else None for s in (x_scale, w_scale)),
+                            M_, N, K, scaled, BM, BN, BK, 8, num_warps=8, num_stages=3)
     return c
 
 
@@ -1045,7 +1074,7 @@ def low_bit_kernel(x_ptr, q_ptr, scale_ptr, y_ptr, M, N, K, steps, BITS: tl.cons
             w0, w1 = (both & 15) - 8, (both >> 4) - 8
         part = tl.dot(x0, w0.to(x0.dtype), input_precision="tf32x3")
         part = tl.dot(x1, w1.to(x1.dtype), part, input_precision="tf32x3")
-        scale = tl.load(scale_ptr + n * (K // BK) + g, mask=n < N, other=0.0)
+        scale = load(scale_ptr + n * (K // BK) + g, n < N)
         acc += part * scale[None, :]                       # one product an output and group, none a weight
     y_ptr += tl.program_id(2).to(tl.int64) * M * N
     tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], acc, mask=ok_m & ok_n)
@@ -1053,16 +1082,15 @@ def low_bit_kernel(x_ptr, q_ptr, scale_ptr, y_ptr, M, N, K, steps, BITS: tl.cons
 
 def quantize(w, bits=8):
     """(N,K) -> whole numbers, -127..127 or -7..7 (two a byte); a scale for each 128 of a row, (N,K/128)."""
-    N, K = w.shape
-    if K % GROUP_SIZE or bits not in (4, 8):
-        raise ValueError(f"quantize {K} columns to bits={bits}: give columns in {GROUP_SIZE}s, bits 4 or 8")
-    groups = w.float().view(N, K // GROUP_SIZE, GROUP_SIZE)
+    expect(w.dim() == 2 and w.shape[1] % GROUP_SIZE == 0 and bits in (4, 8), f"quantize, bits={bits},", [w],
+           f"columns in {GROUP_SIZE}s, and 4 or 8 bits")
+    groups = w.float().unflatten(1, (-1, GROUP_SIZE))                        # (N,K/128,128)
     scale = groups.abs().amax(-1).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
     q = (groups / scale[..., None]).round().to(torch.int8)
     if bits == 4:
         low, high = (q + 8).to(torch.uint8).chunk(2, -1)
         q = low | high << 4
-    return q.reshape(N, -1), scale
+    return q.flatten(1), scale
 
 
 def dequantize(q, scale):
@@ -1077,20 +1105,20 @@ def low_bit_linear(x, q, scale):
     """x W^T with the weights of `quantize`, (M,K) -> (M,N). Decoding reads every weight for a few tokens: its
     time is the weights' bytes. Here half of them or a quarter, unpacked in registers, never written as bf16.
     Floor  14336 x 4096, M = 1..16 at 4.3 TB/s: int8 13.7 us, int4 6.8 us; bf16 weights 27.3 us."""
-    check(x, scale)
-    (M_, K), N, bits = x.shape, len(q), 8 if q.dtype == torch.int8 else 4
-    if q.dtype not in (torch.int8, torch.uint8) or q.shape[1] * 8 != K * bits or \
-            scale.shape != (N, K // GROUP_SIZE):
-        raise ValueError(f"x {show(x)}, q {show(q)}, scale {show(scale)} do not fit: make q and scale with "
-                         f"quantize(w, bits)")
-    BM, BN = (16, 32) if M_ <= 16 else (64, 128)
+    check(x, scale, others=[q])
+    bits = {torch.int8: 8, torch.uint8: 4}.get(q.dtype, 0)
+    expect(bits and x.dim() == q.dim() == 2 and q.shape[1] * 8 == x.shape[1] * bits and
+           scale.shape == (len(q), x.shape[1] // GROUP_SIZE), "low_bit_linear", [x, q, scale],
+           "(M,K), and q and scale from quantize(w, bits)")
+    (M_, K), N = x.shape, len(q)
+    BM, BN, stages = (16, 32, 4) if M_ <= 16 else (64, 128, 2)               # decoding; a prompt
     tiles, groups = triton.cdiv(M_, BM) * triton.cdiv(N, BN), K // GROUP_SIZE
     # Too few tiles to fill the machine: programs share the columns of a tile, and one sum joins their parts.
-    splits = max(1, min(8, groups // 4, 4 * num_sms(x.device) // tiles))
+    splits = max(1, min(8, groups // 4, 4 * num_sms(x.device) // max(1, tiles)))
     y = torch.empty(splits, M_, N, dtype=x.dtype if splits == 1 else torch.float32, device=x.device)
     low_bit_kernel[(triton.cdiv(N, BN), triton.cdiv(M_, BM), splits)](
-        x.contiguous(), q, scale, y, M_, N, K, triton.cdiv(groups, splits), bits, BM, BN, GROUP_SIZE,
-        num_warps=4, num_stages=4)
+        x.contiguous(), q.contiguous(), scale.contiguous(), y, M_, N, K, triton.cdiv(groups, splits), bits,
+        BM, BN, GROUP_SIZE, num_warps=4, num_stages=stages)
     return y[0] if splits == 1 else y.sum(0).to(x.dtype)
 
 
@@ -1107,15 +1135,17 @@ def grouped_kernel(x_ptr, w_ptr, ends_ptr, y_ptr, E, N, K, we, wk, wn, BM: tl.co
             m, n = (start + pm * BM + tl.arange(0, BM))[:, None], (pn * BN + tl.arange(0, BN))[None, :]
             k, acc = tl.arange(0, BK), tl.zeros((BM, BN), tl.float32)
             x_at = x_ptr + m.to(tl.int64) * K + k[None, :]
-            w_at = w_ptr + e * we.to(tl.int64) + k.to(tl.int64)[:, None] * wk + n * wn
+            w_at = w_ptr + k.to(tl.int64)[:, None] * wk + n.to(tl.int64) * wn
             for first in range(0, K, BK):
                 x = tl.load(x_at + first, mask=(m < end) & (k[None, :] < K - first), other=0.0)
-                w = tl.load(w_at + first * wk, mask=(k[:, None] < K - first) & (n < N), other=0.0)
+                w = tl.load(w_at, mask=(k[:, None] < K - first) & (n < N), other=0.0)
                 acc = tl.dot(x, w, acc, input_precision="tf32x3")
+                w_at += BK * wk
             tl.store(y_ptr + m.to(tl.int64) * N + n, acc, mask=(m < end) & (n < N))
             tile += tl.num_programs(0)
         done += tiles_m * tiles_n
         start = end
+        w_ptr += we
 
 
 @triton.jit
@@ -1162,12 +1192,12 @@ def grouped_product(x, w, ends):
 
 
 def grouped_linear(x, w, ends):
-    """x (S,D) sorted by expert, w (E,F,D), ends (E,) int32, the last is S -> (S,F).
+    """x (S,D) sorted by expert, w (E,F,D), ends (E,) int32, rising to S -> (S,F).
     Expert e has rows ends[e-1] to ends[e]-1."""
-    check(x, w)
-    if w.dim() != 3 or w.shape[2:] != x.shape[1:] or x.dtype != w.dtype or \
-            ends.shape != w.shape[:1] or ends.dtype != torch.int32:
-        raise ValueError(f"grouped_linear of {show(x, w, ends)}: give (S,D), (E,F,D) alike and (E,) int32")
+    check(x, w, others=[ends])
+    expect(x.dim() == 2 and w.dim() == 3 and w.shape[2] == x.shape[1] and x.dtype == w.dtype and
+           ends.shape == w.shape[:1] and ends.dtype == torch.int32, "grouped_linear", [x, w, ends],
+           "(S,D), (E,F,D) alike and (E,) int32")
     return GroupedLinear.apply(x.contiguous(), w.contiguous(), ends.contiguous())
 
 
@@ -1182,10 +1212,10 @@ def grouped_linear_naive(x, w, ends):
 def adamw_kernel(p_ptr, g_ptr, m_ptr, v_ptr, low_ptr, n, lr, beta1, beta2, eps, decay, fix1, fix2,
                  LOW: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    p, g = tl.load(p_ptr + at, mask=at < n), tl.load(g_ptr + at, mask=at < n).to(tl.float32)
-    m, v = tl.load(m_ptr + at, mask=at < n), tl.load(v_ptr + at, mask=at < n)
-    m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-    p = p * (1 - lr * decay) - lr / fix1 * m / (tl.sqrt_rn(v / fix2) + eps)
+    g = load(g_ptr + at, at < n)
+    m = beta1 * load(m_ptr + at, at < n) + (1 - beta1) * g
+    v = beta2 * load(v_ptr + at, at < n) + (1 - beta2) * g * g
+    p = load(p_ptr + at, at < n) * (1 - lr * decay) - lr / fix1 * m / (tl.sqrt_rn(v / fix2) + eps)
     tl.store(p_ptr + at, p, mask=at < n)
     tl.store(m_ptr + at, m, mask=at < n)
     tl.store(v_ptr + at, v, mask=at < n)
@@ -1199,11 +1229,11 @@ def adamw_(p, g, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, 
     Traffic  4 reads, 3 writes of 4 bytes a weight, 28 bytes (30 with low), in one launch however many tensors
              there are; a loop over tensors: about 60 bytes, and a dozen launches each.
     Floor    1.2B weights at 4.3 TB/s: 7.8 ms."""
-    check(p, g, m, v)
-    if not p.dtype == m.dtype == v.dtype == torch.float32 or not p.shape == g.shape == m.shape == v.shape or \
-            not all(t.is_contiguous() for t in (p, g, m, v)) or low is not None and low.shape != p.shape:
-        raise ValueError(f"adamw_ of {show(p, g, m, v)}: give flat contiguous buffers of one length, "
-                         f"p, m and v in float32")
+    buffers = [p, m, v, g] + ([] if low is None else [low])
+    check(*buffers)
+    expect(all(t.shape == p.shape and t.is_contiguous() for t in buffers) and step >= 1 and
+           p.dtype == m.dtype == v.dtype == torch.float32, f"adamw_, step {step},", buffers,
+           "contiguous buffers of one length, p, m and v in float32, and steps from 1")
     fix1, fix2 = 1 - betas[0] ** step, 1 - betas[1] ** step
     adamw_kernel[(triton.cdiv(p.numel(), 1024),)](p, g, m, v, p if low is None else low, p.numel(), lr,
                                                   *betas, eps, weight_decay, fix1, fix2, low is not None,
@@ -1212,7 +1242,8 @@ def adamw_(p, g, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, 
 
 # --- 9. the kernels in one table ----------------------------------------------------------------------------
 
-# plain: the same by PyTorch's operators, the oracle. bytes, flops: the least, (forward, backward).
+# plain: the same by PyTorch's operators, the oracle. bytes or flops: the least, (forward, backward); what is
+# 0 is not timed.
 Case = namedtuple("Case", "name ours plain inputs bytes flops")
 
 
@@ -1223,30 +1254,26 @@ def cases(device="cpu", dtype=torch.float32, full=False):
         (64, 384, 320, 1000, 2, 80, 4, 2, 32, 4)
     e = torch.finfo(dtype).bits // 8
 
-    def new(*shape, grad=True, kind=dtype):
-        return torch.randn(shape, device=device).to(kind).requires_grad_(grad)
+    def new(*shapes, grad=True):
+        return [torch.randn(shape, device=device).to(dtype).requires_grad_(grad) for shape in shapes]
 
-    def pair(*shapes):
-        return lambda: [new(*shape, grad=False) for shape in shapes]
+    def targets():
+        return [torch.randint(0, V, (R // 2,), device=device)]
 
-    def ids(n, top):
-        return torch.randint(0, top, (n,), device=device)
+    def head():                                            # W of a size that keeps logits near 1
+        x, w = new((R // 2, D), (V, D))
+        return [x, w.detach().div_(D**0.5).requires_grad_(), *targets()]
 
-    def ends():                                            # rows of each expert: uneven, none for the first
-        return torch.linspace(0, R, E, device=device).square().div(R).int()
+    def wide(x):                                           # float64 stays float64: the oracle is exact
+        return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    def fp8():
-        (x, sx), (w, sw) = to_fp8(new(R, D, grad=False)), to_fp8(new(D, D, grad=False))
-        return [x, w, sx, sw]
+    def norm_plain(x, w):
+        y = wide(x)
+        return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-5) * w).to(x.dtype)
 
-    def fp8_plain(x, w, x_scale, w_scale):
-        return (x.to(x_scale.dtype) @ w.to(x_scale.dtype).T) * x_scale[:, None] * w_scale
-
-    def low_bit(bits):
-        return lambda: [new(16, D, grad=False), *quantize(new(F_, D, grad=False), bits)]
-
-    def low_bit_plain(x, q, scale):
-        return x @ dequantize(q, scale).to(x.dtype).T
+    def loss_plain(z, t):
+        z = wide(z) - wide(z).amax(-1, keepdim=True)
+        return (z.exp().sum(-1).log() - z.gather(-1, t[:, None])[:, 0]).mean()
 
     def turn(x):
         return rope(x, *rope_table(torch.arange(x.shape[1], device=device), H))
@@ -1254,11 +1281,22 @@ def cases(device="cpu", dtype=torch.float32, full=False):
     def turn_plain(x):
         return M.apply_rope(x.transpose(1, 2), torch.arange(x.shape[1], device=device)).transpose(1, 2)
 
-    def attend(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    def attend_plain(q, k, v):
+        past = torch.ones(T, T, dtype=torch.bool, device=device).tril()
+        return M.scaled_dot_product_attention(q, *(t.repeat_interleave(N // K, 1) for t in (k, v)), past)
 
-    def weights():                                         # p, g, m, v; v is not negative
-        return [new(n, grad=False, kind=torch.float32).pow(power) for power in (1, 1, 1, 2)]
+    def fp8():
+        (x, x_scale), (w, w_scale) = map(to_fp8, new((R, D), (D, D), grad=False))
+        return [x, w, x_scale, w_scale]
+
+    def low_bit(bits):
+        return lambda: new((16, D), grad=False) + list(quantize(*new((F_, D), grad=False), bits))
+
+    def low_bit_plain(x, q, scale):
+        return x @ dequantize(q, scale).to(x.dtype).T
+
+    def ends():                                            # rows of each expert: uneven, none for the first
+        return [torch.linspace(0, R, E, device=device).square().div(R).int()]
 
     def adamw(p, g, m, v):
         adamw_(p, g, m, v, 1, 1e-3)
@@ -1267,38 +1305,37 @@ def cases(device="cpu", dtype=torch.float32, full=False):
     def adamw_plain(p, g, m, v):
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
         return p * (1 - 1e-4) - 1e-3 * (m / 0.1) / ((v / 0.05).sqrt() + 1e-8)
-
-    def heads():  # as a projection leaves them: (B,T,heads,H) in memory
-        return [new(B, T, n, H).transpose(1, 2) for n in (N, K, K)]
-    row, wide, logits, n = R * D * e, R * F_ * e, R // 2 * V * e, 2**28 if full else 3000
+    row, hidden, logits, n = R * D * e, R * F_ * e, R // 2 * V * e, 2**28 if full else 3000
     tokens, scores = 1024 if full else 8, T * T * H * N * B  # one product of attention, the causal half
+    turned, product = 2 * B * tokens * (N + K) * H * e, 2 * R * D * D
     return [
-        Case("GeLU", gelu, M.gelu, lambda: [new(R, F_)], (2 * wide, 3 * wide), None),
-        Case("SwiGLU", swiglu, lambda a, b: M.silu(a) * b, lambda: [new(R, F_), new(R, F_)],
-             (3 * wide, 5 * wide), None),
-        Case("softmax", softmax, M.softmax, lambda: [new(R, 2 * D)], (4 * row, 6 * row), None),
-        Case("weighted sum", weighted_sum, lambda x, w: (x * w).sum(-1), lambda: [new(R, D), new(D)],
+        Case("GeLU", gelu, M.gelu, lambda: new((R, F_)), (2 * hidden, 3 * hidden), None),
+        Case("SwiGLU", swiglu, lambda a, b: M.silu(a) * b, lambda: new((R, F_), (R, F_)),
+             (3 * hidden, 5 * hidden), None),
+        Case("softmax", softmax, M.softmax, lambda: new((R, 2 * D)), (4 * row, 6 * row), None),
+        Case("weighted sum", weighted_sum, lambda x, w: (x * w).sum(-1), lambda: new((R, D), (D,)),
              (row, 2 * row), None),
-        Case("RMSNorm", rms_norm, M.rms_norm, lambda: [new(R, D), new(D)], (2 * row, 3 * row), None),
-        Case("add + RMSNorm", add_rms_norm, lambda x, r, w: (M.rms_norm(x + r, w), x + r),
-             lambda: [new(R, D), new(R, D), new(D)], (4 * row, 4 * row), None),
-        Case("RoPE", turn, turn_plain, lambda: [new(B, tokens, N + K, H)],
-             (2 * B * tokens * (N + K) * H * e, 2 * B * tokens * (N + K) * H * e), None),
-        Case("cross-entropy", cross_entropy, M.cross_entropy, lambda: [new(R // 2, V), ids(R // 2, V)],
+        Case("RMSNorm", rms_norm, norm_plain, lambda: new((R, D), (D,)), (2 * row, 3 * row), None),
+        Case("add + RMSNorm", add_rms_norm, lambda x, r, w: (norm_plain(x + r, w), x + r),
+             lambda: new((R, D), (R, D), (D,)), (4 * row, 4 * row), None),
+        Case("RoPE", turn, turn_plain, lambda: new((B, tokens, N + K, H)), (turned, turned), None),
+        Case("cross-entropy", cross_entropy, loss_plain, lambda: new((R // 2, V)) + targets(),
              (logits, 2 * logits), None),
-        Case("linear + cross-entropy", lambda x, w, t: linear_cross_entropy(x, w, t)[0],
-             lambda x, w, t: M.cross_entropy(x @ w.T, t),
-             lambda: [new(R // 2, D), (new(V, D) / D**0.5).detach().requires_grad_(), ids(R // 2, V)], None,
-             (R * V * D, 2 * R * V * D)),
-        Case("attention", attention, attend, heads, None, (2 * scores, 5 * scores)),
-        Case("matmul", matmul, torch.matmul, pair((R, D), (D, D)), None, (2 * R * D * D, 0)),
-        Case("linear, TMA", linear, F.linear, pair((R, D), (D, D)), None, (2 * R * D * D, 0)),
-        Case("linear, fp8", linear, fp8_plain, fp8, None, (R * D * D, 0)),  # twice the rate is half the FLOPs
+        # Not timed forward: that pass makes the gradients, too.
+        Case("linear + cross-entropy", lambda *xwt: linear_cross_entropy(*xwt)[0],
+             lambda x, w, t: loss_plain(x @ w.T, t), head, None, (0, 3 * R * V * D)),
+        Case("attention", attention, attend_plain, lambda: [t.transpose(1, 2) for t in new(
+            (B, T, N, H), (B, T, K, H), (B, T, K, H))], None, (2 * scores, 5 * scores)),
+        Case("matmul", matmul, torch.matmul, lambda: new((R, D), (D, D), grad=False), None, (product, 0)),
+        Case("linear, TMA", linear, F.linear, lambda: new((R, D), (D, D), grad=False), None, (product, 0)),
+        Case("linear, fp8", linear, lambda x, w, a, b: (x.to(a.dtype) @ w.to(b.dtype).T) * a[:, None] * b,
+             fp8, None, (product // 2, 0)),                # twice the rate is half the FLOPs
         Case("linear, int8 weights", low_bit_linear, low_bit_plain, low_bit(8), (F_ * D, 0), None),
         Case("linear, int4 weights", low_bit_linear, low_bit_plain, low_bit(4), (F_ * D // 2, 0), None),
         Case("grouped linear", grouped_linear, grouped_linear_naive,
-             lambda: [new(R, D), new(E, D // 2, D), ends()], None, (R * D * D, 2 * R * D * D)),
-        Case("AdamW", adamw, adamw_plain, weights, (28 * n, 0), None)]
+             lambda: new((R, D), (E, D // 2, D)) + ends(), None, (product // 2, product)),
+        Case("AdamW", adamw, adamw_plain,                  # p, g, m, v: the last is not negative
+             lambda: [torch.randn(n, device=device) ** power for power in (1, 1, 1, 2)], (28 * n, 0), None)]
 
 
 def outcome(function, inputs):
@@ -1330,7 +1367,6 @@ def count_kernel_bytes():
     """with count_kernel_bytes() as moved: ...  ->  moved["read"], moved["written"]: what kernels asked of
     memory, element by element, in the interpreter. What L2 would answer counts each time."""
     builder, moved = interpreter.InterpreterBuilder, {"read": 0, "written": 0}
-    load, store = builder.create_masked_load, builder.create_masked_store
 
     def counted(method, kind, mask_at):
         def call(self, pointers, *args):
@@ -1338,12 +1374,9 @@ def count_kernel_bytes():
             moved[kind] += int(args[mask_at].data.sum()) * element
             return method(self, pointers, *args)
         return call
-    builder.create_masked_load = counted(load, "read", 0)
-    builder.create_masked_store = counted(store, "written", 1)
-    try:
+    with patch.multiple(builder, create_masked_load=counted(builder.create_masked_load, "read", 0),
+                        create_masked_store=counted(builder.create_masked_store, "written", 1)):
         yield moved
-    finally:
-        builder.create_masked_load, builder.create_masked_store = load, store
 
 
 class count_eager_bytes(TorchDispatchMode):
@@ -1358,23 +1391,14 @@ class count_eager_bytes(TorchDispatchMode):
         return out
 
 
-class HopperDriver:
-    """All that a launch asks of a driver before it would run: so kernels compile where there is no GPU."""
-    def get_current_target(self):
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-
 @contextlib.contextmanager
-def compile_only(every_tile=False):
+def compile_only(every_tile=False, arch=90):
     """with compile_only() as log: attention(meta tensors ...)  ->  a dict a kernel. A launch becomes the
-    compilation of the very code that it would run on sm_90. Meta tensors have shapes, and no memory."""
-    log, seen, run, tune, old = [], set(), JITFunction.run, Autotuner.run, driver._active
+    compilation of the very code that it would run on sm_90. Meta tensors have shapes, and no memory. The
+    driver is all that a launch asks before it would run; compiled kernels are kept apart by its device."""
+    hopper = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", arch, 32),
+                             get_current_device=lambda: f"sm_{arch}", get_current_stream=lambda device: 0)
+    log, seen, run = [], set(), JITFunction.run
 
     def compile(self, *args, grid, warmup=False, **kw):
         kernel = run(self, *args, grid=grid, warmup=True, **kw)
@@ -1386,12 +1410,9 @@ def compile_only(every_tile=False):
     def compile_tiles(self, *args, **kw):
         for config in self.configs[:None if every_tile else 1]:
             self.fn.run(*args, **kw, **config.all_kwargs())
-    driver.set_active(HopperDriver())
-    JITFunction.run, Autotuner.run = compile, compile_tiles
-    try:
+    with patch.object(driver, "_active", hopper), patch.object(JITFunction, "run", compile), \
+            patch.object(Autotuner, "run", compile_tiles):
         yield log
-    finally:
-        JITFunction.run, Autotuner.run, driver._active = run, tune, old
 
 
 def inspect_kernel(kernel):
@@ -1447,7 +1468,6 @@ def compile_report(out, only=(), every_tile=False):
             [[r["case"], r["name"], str(r["warps"]), str(r["registers"]), str(r["spills"]),
               f"{r['shared'] / 1024:.0f}", str(r["wgmma"]), str(r["mma"]), str(r["tma"]),
               f"{r['wide']}/{r['loads']}", r["faults"] or "ok"] for r in rows])
-    Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "compile.json").write_text(json.dumps(rows, indent=1))
     return not any(r["faults"] for r in rows)
 
@@ -1493,17 +1513,13 @@ def race(functions, device, rounds=20, warmup=3):
     return {name: (q[1], (q[2] - q[0]) / 2) for name, q in quartiles.items()}
 
 
-def autocast_on(device):
-    """bf16 products on a GPU, as train.py has them."""
-    return torch.autocast("cuda", torch.bfloat16) if "cuda" in device else contextlib.nullcontext()
-
-
-def training_steps(model, x, y, device):
-    """The three modes of the lecture's benchmark."""
+def training_steps(model, ids, device):
+    """ids (B,T+1) -> the three modes of the lecture's benchmark."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused="cuda" in device)
+    x, y = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
 
     def forward():
-        with autocast_on(device):
+        with torch.autocast("cuda", torch.bfloat16, enabled="cuda" in device):       # as in train.py
             return M.training_loss(model, x, y)[1]
 
     def backward():
@@ -1516,29 +1532,27 @@ def training_steps(model, x, y, device):
     return {"forward": forward, "forward + backward": backward, "forward + backward + AdamW": step}
 
 
-def random_batch(c, batch_size, device):
-    ids = torch.randint(0, c.vocab_size, (batch_size, c.context_length + 1), device=device)
-    return ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+def random_ids(c, batch_size, device):
+    return torch.randint(0, c.vocab_size, (batch_size, c.context_length + 1), device=device)
 
 
 def name_ranges(model):
     """Each block, mixer, feed-forward layer and head under its name in the trace, on a GPU for nsys (NVTX),
     too. Returns the hooks that do it."""
-    def enter(name):
-        def hook(module, *_):
-            module.range = torch.profiler.record_function(name)
-            module.range.__enter__()
-            if torch.cuda.is_available():
-                torch.cuda.nvtx.range_push(name)
-        return hook
+    names = {m: n for n, m in model.named_modules() if re.search(r"(^|\.)(blocks\.\d+|mixer|ffn|head)$", n)}
+
+    def enter(module, *_):
+        module.range = torch.profiler.record_function(names[module])
+        module.range.__enter__()
+        if torch.cuda.is_available():
+            torch.cuda.nvtx.range_push(names[module])
 
     def leave(module, *_):
         module.range.__exit__(None, None, None)
         if torch.cuda.is_available():
             torch.cuda.nvtx.range_pop()
-    named = [(n, m) for n, m in model.named_modules() if re.search(r"(^|\.)(blocks\.\d+|mixer|ffn|head)$", n)]
-    return [hook for n, m in named for hook in (m.register_forward_pre_hook(enter(n)),
-                                                m.register_forward_hook(leave))]
+    return [hook for module in names for hook in (module.register_forward_pre_hook(enter),
+                                                  module.register_forward_hook(leave))]
 
 
 def profile(c, batch_size, device, out):
@@ -1546,14 +1560,13 @@ def profile(c, batch_size, device, out):
     ui.perfetto.dev, and on a GPU a memory snapshot for pytorch.org/memory_viz."""
     torch.manual_seed(0)
     model, cuda = M.Transformer(c).to(device), "cuda" in device
-    steps = training_steps(model, *random_batch(c, batch_size, device), device)
+    steps = training_steps(model, random_ids(c, batch_size, device), device)
     flops = batch_size * c.context_length * sum(M.flops_per_token(c).values())
     times = race(steps, device, rounds=10, warmup=5)
     M.table(f"{M.num_params(c):,} parameters, {batch_size} x {c.context_length} tokens, medians of 10",
             ["mode", "ms", "+-", "TFLOP/s"],
             [[name, f"{1000 * t:.2f}", f"{1000 * spread:.2f}", f"{passes * flops / t / 1e12:.3f}"]
              for (name, (t, spread)), passes in zip(times.items(), (1, 3, 3))])
-    Path(out).mkdir(parents=True, exist_ok=True)
     if cuda:
         torch.cuda.memory._record_memory_history()
     hooks, what = name_ranges(model), torch.profiler.ProfilerActivity
@@ -1567,10 +1580,14 @@ def profile(c, batch_size, device, out):
     if cuda:
         torch.cuda.memory._dump_snapshot(f"{out}/memory.pickle")
         torch.cuda.memory._record_memory_history(enabled=None)
+    # On a GPU the kernels themselves: an operator's row repeats the time of the kernels that it launched.
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
     own = "self_device_time_total" if cuda else "self_cpu_time_total"
-    spent = sorted(((getattr(e, own) / 1000, e.key, e.count) for e in trace.key_averages()), reverse=True)
+    spent = sorted(((getattr(e, own) / 1000, e.key, e.count) for e in trace.key_averages()
+                    if e.device_type == kind and not (cuda and e.is_user_annotation)), reverse=True)
     whole = sum(ms for ms, *_ in spent)
-    M.table("Costliest operators of one step, their own time", ["operator", "calls", "ms", "share"],
+    M.table("Costliest kernels of one step" if cuda else "Costliest operators of one step, their own time",
+            ["", "calls", "ms", "share"],
             [[key[:60], str(count), f"{ms:.2f}", f"{ms / whole:.1%}"] for ms, key, count in spent[:12]])
     print(f"\nsaved {out}/trace.json" + f" and {out}/memory.pickle" * cuda)
 
@@ -1584,13 +1601,12 @@ Deferred = namedtuple("Deferred", "features weight")  # logits that are never ma
 def in_model():
     """While it lasts, the models of model.py run on these kernels: attention (a window without a T x S mask),
     RMSNorm, SwiGLU, RoPE, and in training the loss fused with the output matrix. The rest stays as it was."""
-    before = {(place, name): getattr(place, name) for place, name in
-              ((M, "apply_rope"), (M, "lm_loss"), (M.RMSNorm, "forward"), (M.GatedFFN, "forward"),
-               (M.Attention, "choose_kernel"), (M.Transformer, "forward"))}
+    plain_rope, plain_loss, plain_ffn = M.apply_rope, M.lm_loss, M.GatedFFN.forward
+    plain_kernel, plain_forward = M.Attention.choose_kernel, M.Transformer.forward
 
     def apply_rope(x, positions, theta=10000.0, *stretch):
         if stretch or x.dim() != 4 or x.dtype not in FLOATS:
-            return before[M, "apply_rope"](x, positions, theta, *stretch)
+            return plain_rope(x, positions, theta, *stretch)
         at = positions[:, 0] if positions.dim() == 3 else positions        # (T,), or (B,1,T)
         return rope(x.transpose(1, 2), *rope_table(at, x.shape[-1], theta)).transpose(1, 2)
 
@@ -1598,34 +1614,29 @@ def in_model():
         return rms_norm(x, self.weight, self.eps)
 
     def ffn(self, x):
-        if self.act is not F.silu:
-            return before[M.GatedFFN, "forward"](self, x)
-        return self.w2(swiglu(self.w1(x), self.w3(x)))
+        return self.w2(swiglu(self.w1(x), self.w3(x))) if self.act is F.silu else plain_ffn(self, x)
 
     def choose_kernel(self, q, k, v, positions, key_positions, plain):
         if not plain or self.c.attn_softcap or not 16 <= q.shape[-1] <= 256:
-            return before[M.Attention, "choose_kernel"](self, q, k, v, positions, key_positions, plain)
+            return plain_kernel(self, q, k, v, positions, key_positions, plain)
         kind = work_dtype(q)
         return attention(q.to(kind), k.to(kind), v.to(kind), True, self.c.window)
 
     def forward(self, ids, positions=None, cache=None):
         if not self.training or cache is not None or self.config.logit_softcap or self.config.mtp:
-            return before[M.Transformer, "forward"](self, ids, positions, cache)
+            return plain_forward(self, ids, positions, cache)
         return Deferred(self.features(ids, positions), self.head.weight)
 
     def lm_loss(logits, targets, z_loss=0.0):
         if not isinstance(logits, Deferred):
-            return before[M, "lm_loss"](logits, targets, z_loss)
+            return plain_loss(logits, targets, z_loss)
         objective, ce = linear_cross_entropy(*logits, targets, z_loss=z_loss)
         return (ce if z_loss else objective), objective
-    ours = dict(zip(before, (apply_rope, lm_loss, norm, ffn, choose_kernel, forward)))
-    try:
-        for (place, name), function in ours.items():
-            setattr(place, name, function)
+    with patch.multiple(M, apply_rope=apply_rope, lm_loss=lm_loss), \
+            patch.object(M.RMSNorm, "forward", norm), patch.object(M.GatedFFN, "forward", ffn), \
+            patch.object(M.Attention, "choose_kernel", choose_kernel), \
+            patch.object(M.Transformer, "forward", forward):
         yield
-    finally:
-        for (place, name), function in before.items():
-            setattr(place, name, function)
 
 
 def end_to_end(c, batch_size, device):
@@ -1641,14 +1652,11 @@ def end_to_end(c, batch_size, device):
     for p in model.parameters():                           # zeros would hide what they multiply
         if not p.any():
             torch.nn.init.normal_(p, 0, 0.02)
-    x, y = random_batch(c, batch_size, device)
-    rows, exact = [], None
-    ways = [("plain PyTorch", contextlib.nullcontext, False), ("our kernels", in_model, False)]
-    if cuda:
-        ways += [("plain, compiled", contextlib.nullcontext, True), ("our kernels, compiled", in_model, True)]
-    for name, context, compiled in ways:
-        with context():
-            steps = training_steps(torch.compile(model, dynamic=False) if compiled else model, x, y, device)
+    ids, rows, exact = random_ids(c, batch_size, device), [], None
+    for name, compiled in (("plain PyTorch", False), ("our kernels", False), ("plain, compiled", True),
+                           ("our kernels, compiled", True))[:4 if cuda else 2]:
+        with in_model() if "our" in name else contextlib.nullcontext():
+            steps = training_steps(torch.compile(model, dynamic=False) if compiled else model, ids, device)
             loss = steps["forward"]().item()
             steps["forward + backward"]()
             grads = torch.cat([p.grad.flatten().double() for p in model.parameters()])
@@ -1658,7 +1666,7 @@ def end_to_end(c, batch_size, device):
             del grads
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
-            if cuda or context is not in_model:            # the interpreter's time says nothing
+            if cuda or "our" not in name:                  # the interpreter's time says nothing
                 row[3] = f"{1000 * race({name: steps['forward + backward']}, device, rounds=5)[name][0]:.1f}"
             if cuda:
                 row[4] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
@@ -1690,27 +1698,32 @@ torch::Tensor gelu_cuda(torch::Tensor x) {
 """
 
 
+@functools.cache
+def cuda_extension():
+    from torch.utils.cpp_extension import load_inline
+    return load_inline("gelu_extension", "torch::Tensor gelu_cuda(torch::Tensor x);", GELU_CUDA,
+                       ["gelu_cuda"])
+
+
 def five_ways(device):
     """GeLU by operators, by PyTorch's kernel, torch.compile, CUDA C++ and Triton: one result, five times."""
-    cuda = "cuda" in device
-    x = torch.randn(2**26 if cuda else 2**20, device=device)
+    cuda, rows = "cuda" in device, []
+    x = torch.randn(2**26 if cuda else 2**18, device=device)
+    exact = M.gelu(x.double())
     ways = {"operators": M.gelu, "PyTorch's kernel": functools.partial(F.gelu, approximate="tanh"),
-            "Triton": gelu}
-    if cuda:
-        ways["torch.compile"] = torch.compile(M.gelu, dynamic=False)
-        if shutil.which("nvcc"):
-            from torch.utils.cpp_extension import load_inline
-            declaration = "torch::Tensor gelu_cuda(torch::Tensor x);"
-            ways["CUDA C++"] = load_inline("gelu_extension", declaration, GELU_CUDA, ["gelu_cuda"]).gelu_cuda
-    exact, rows = M.gelu(x.double()), []
-    timed = {name: functools.partial(f, x) for name, f in ways.items() if cuda or f is not gelu}
-    times = race(timed, device, rounds=10)
-    for name, f in ways.items():
-        seconds, error = times.get(name, (None,))[0], (f(x) - exact).abs().max().item()
-        rows.append([name, f"{error:.1e}", f"{1000 * seconds:.3f}" if seconds else "interpreted",
-                     f"{8e-9 * x.numel() / seconds:,.1f}" if seconds else ""])
-    for name in {"torch.compile", "CUDA C++"} - set(ways):
-        rows.append([name, "", "needs nvcc" if cuda else "needs a GPU", ""])
+            "torch.compile": torch.compile(M.gelu, dynamic=False),
+            "CUDA C++": lambda x: cuda_extension().gelu_cuda(x), "Triton": gelu}
+    for name, way in ways.items():
+        row = [name, "", "needs a GPU", ""]
+        try:
+            if cuda or name not in ("torch.compile", "CUDA C++"):
+                row[1:3] = f"{(way(x) - exact).abs().max().item():.1e}", "interpreted"
+            if cuda or name in ("operators", "PyTorch's kernel"):
+                seconds = race({name: functools.partial(way, x)}, device, rounds=10)[name][0]
+                row[2:] = f"{1000 * seconds:.3f}", f"{8e-9 * x.numel() / seconds:,.1f}"
+        except Exception as e:                             # no nvcc, say
+            row[2] = M.first_line(e)[:60]
+        rows.append(row)
     M.table(f"One function, five ways: GeLU of {x.numel():,} fp32 numbers",
             ["way", "largest error", "ms", "GB/s in and out"], rows)
 
@@ -1719,7 +1732,7 @@ def five_ways(device):
 
 def demo_roofline(c, tokens=8192):
     """What bounds each operation of a block, and what fusing it changes."""
-    peak, bandwidth = HARDWARE["H200"]
+    peak, bandwidth = HARDWARE["NVIDIA H200"]
     rows = []
     for name, flops, eager, fused in block_operations(c, tokens):
         us = [f"{1e6 * max(flops / peak, moved / bandwidth):,.0f}" for moved in (eager, fused)]
@@ -1731,87 +1744,89 @@ def demo_roofline(c, tokens=8192):
             ["operation", "GFLOPs", "FLOPs/byte", "fused", "limit", "us by operators", "us fused"], rows)
 
 
-def demo_traffic():
-    """What operators and fused kernels ask of memory: predicted, and counted."""
+def demo_kernels(device, dtype):
+    """Each kernel's error, and in the interpreter the bytes that it and PyTorch's operators ask of memory."""
     rows = []
-    for case in cases():
-        if case.name in ("GeLU", "SwiGLU", "softmax", "RMSNorm", "add + RMSNorm"):
-            inputs = [t.detach() for t in case.inputs()]
+    for case in cases(device, dtype):
+        inputs, row = case.inputs(), [case.name] + [""] * 7
+        try:
+            e = errors(case.ours, case.plain, inputs)
+            row[1:3] = f"{e[0]:.1e}", f"{max(e[1:]):.1e}" if e[1:] else "none"
+        except (RuntimeError, ValueError) as e:            # no TMA on this GPU, say: the others still stand
+            row[1] = M.first_line(e)[:70]
+        if case.bytes and case.bytes[1] and INTERPRETED:
+            inputs = [t.detach() for t in inputs]
             with count_eager_bytes() as eager:
                 case.plain(*inputs)
             with count_kernel_bytes() as moved:
                 case.ours(*inputs)
-            counted, eager = moved["read"] + moved["written"], eager.read + eager.written
-            rows.append([case.name, f"{eager:,}", f"{case.bytes[0]:,}", f"{counted:,}",
-                         f"{counted / case.bytes[0]:.3f}", f"{eager / counted:.1f}x"])
-    M.table("Bytes moved forward (small shapes, fp32); beyond the prediction: gains and statistics",
-            ["", "by operators", "predicted", "counted", "ratio", "saved"], rows)
+            operators, counted = eager.read + eager.written, moved["read"] + moved["written"]
+            row[3:] = (f"{operators:,}", f"{case.bytes[0]:,}", f"{counted:,}",
+                       f"{counted / case.bytes[0]:.3f}", f"{operators / counted:.1f}x")
+        rows.append(row)
+    M.table(f"|ours - exact| / |exact| in {str(dtype)[6:]}, exact in float64; bytes moved forward, small "
+            f"shapes (beyond the prediction: gains and statistics)",
+            ["kernel", "forward", "worst gradient", "by operators", "predicted", "counted", "ratio", "saved"],
+            rows)
 
 
-def demo_errors(device, dtype):
-    rows = []
-    for case in cases(device, dtype):
-        try:
-            e = errors(case.ours, case.plain, case.inputs())
-            rows.append([case.name, f"{e[0]:.1e}", f"{max(e[1:]):.1e}" if e[1:] else "none"])
-        except (RuntimeError, ValueError) as e:            # no TMA on this GPU, say: the others still stand
-            rows.append([case.name, M.first_line(e)[:70], ""])
-    M.table(f"|ours - exact| / |exact| in {str(dtype)[6:]}, exact in float64",
-            ["kernel", "forward", "worst gradient"], rows)
+def prepare(function, inputs, which):
+    """-> a call to time: forward, or forward and backward for gradients of ones. Runs it once, which compiles
+    it."""
+    def outputs():
+        y = function(*inputs)
+        return y if isinstance(y, tuple) else (y,)
+    ready = [t for t in outputs() if t.requires_grad]
+    wanted, dy = [t for t in inputs if t.requires_grad], [torch.ones_like(t) for t in ready]
 
-
-def run_once(function, inputs, which):
-    """A call, or a call and its backward pass."""
-    y = function(*inputs)
+    def both():
+        return torch.autograd.grad([t for t in outputs() if t.requires_grad], wanted, dy)[0]
     if which == "forward":
-        return y
-    y = [t for t in (y if isinstance(y, tuple) else (y,)) if t.requires_grad]
-    return torch.autograd.grad(y, [t for t in inputs if t.requires_grad], [torch.ones_like(t) for t in y])[0]
+        return lambda: outputs()[0]
+    both()
+    return both
 
 
 def benchmark(device, peers=None, only=()):
     """Every case at full size in bf16: ours, operators, torch.compile of those, and peers {case: {name: f}}
     -> [{case, which, ours: us, ..., floor: us, reached: share}]. A way that fails says why in its place."""
-    gpu, rows = torch.cuda.get_device_name(device), []
-    peak, bandwidth = next((v for k, v in HARDWARE.items() if k in gpu), (math.inf, math.inf))
+    limits, rows = HARDWARE.get(torch.cuda.get_device_name(device)), []
     for case in cases(device, torch.bfloat16, full=True):
         if only and case.name not in only:
             continue
         inputs = case.inputs()
-        for which in ("forward", "forward + backward")[:1 + any(t.requires_grad for t in inputs)]:
+        for i, which in enumerate(("forward", "forward + backward")):
+            if not (case.bytes or case.flops)[i]:
+                continue
             row, ready = dict(case=case.name, which=which), {}
             for name, f in {"ours": case.ours, "operators": case.plain, **(peers or {}).get(case.name, {}),
                             "torch.compile": torch.compile(case.plain, dynamic=False)}.items():
                 try:
-                    run_once(f, inputs, which)
-                    ready[name] = functools.partial(run_once, f, inputs, which)
+                    ready[name] = prepare(f, inputs, which)
                 except Exception as e:  # out of memory, or not for this GPU: the others go on
                     row[name] = M.first_line(e)[:80]
                     torch.cuda.empty_cache()
             row.update({name: 1e6 * t for name, (t, _) in race(ready, device).items()})
-            least = [sum(v[:1 + (which != "forward")]) if v else 0 for v in (case.bytes, case.flops)]
-            row["floor"] = 1e6 * max(least[0] / bandwidth, least[1] / peak)
-            if "ours" in ready:
-                row["reached"] = row["floor"] / row["ours"]
+            if limits:
+                row["floor"] = 1e6 * (sum(case.flops[:i + 1]) / limits[0] if case.flops else
+                                      sum(case.bytes[:i + 1]) / limits[1])
+                row["reached"] = row["floor"] / row["ours"] if "ours" in ready else 0.0
+            if case.flops and "ours" in ready:
+                row["TFLOP/s"] = sum(case.flops[:i + 1]) / row["ours"] / 1e6
             rows.append(row)
             torch.compiler.reset()
     return rows
 
 
 def demo_benchmark(device):
-    """Print the benchmark -> [(case, FLOPs a byte, FLOP/s)] of what is bound by arithmetic."""
-    rows, measured, names = benchmark(device), [], ("ours", "operators", "torch.compile")
-    M.table(f"{torch.cuda.get_device_name(device)}, bf16, us (medians of 20)",
-            ["kernel", "", *names, "floor", "reached"],
+    """Print the benchmark; -> its rows."""
+    rows, columns = benchmark(device), ("ours", "operators", "torch.compile", "floor")
+    M.table(f"{torch.cuda.get_device_name(device)}, bf16, us (medians of 20); the floor by its data sheet",
+            ["kernel", "", *columns, "reached"],
             [[r["case"], r["which"],
-              *(f"{r[n]:,.0f}" if isinstance(r[n], float) else "failed" for n in names),
-              f"{r['floor']:,.0f}", f"{r.get('reached', 0):.0%}"] for r in rows])
-    flops = {case.name: case.flops for case in cases("meta", torch.bfloat16, full=True)}
-    for r in rows:
-        if r["which"] == "forward" and flops[r["case"]] and isinstance(r["ours"], float):
-            rate = 1e6 * flops[r["case"]][0] / r["ours"]
-            measured.append((r["case"], 2000, rate))       # far right of the ridge
-    return measured
+              *(f"{r[n]:,.0f}" if isinstance(r.get(n), float) else "failed" if n in r else "n/a"
+                for n in columns), f"{r['reached']:.0%}" if "reached" in r else "n/a"] for r in rows])
+    return rows
 
 
 def plot_roofline(path, c, measured=(), tokens=8192):
@@ -1821,19 +1836,18 @@ def plot_roofline(path, c, measured=(), tokens=8192):
         return
     fig, ax = plt.subplots(figsize=(9, 5.5))
     for name, (peak, bandwidth) in HARDWARE.items():
-        x = sorted([2.0**i for i in range(-3, 13)] + [peak / bandwidth])
+        x = [0.1, peak / bandwidth, 5000]
         ax.loglog(x, [min(peak, i * bandwidth) / 1e12 for i in x], label=name)
     for name, flops, *moved in block_operations(c, tokens):                  # on the last of them, the H200
-        x = [flops / b for b in moved]
-        y = [min(peak, i * bandwidth) / 1e12 for i in x]
+        x, y = zip(*((flops / b, min(peak, flops / b * bandwidth) / 1e12) for b in moved))
         ax.plot(x, y, "o:", color="black", ms=4, lw=1)
-        if "product" not in name or name == "QKV product":                   # products lie on one spot
-            label = name.replace("QKV product", "products")
-            at = int(name != "attention")                  # its fused point lies among the products, too
-            ax.annotate(label, (x[at], y[at]), fontsize=8, textcoords="offset points", xytext=(4, -12),
-                        rotation=-25)
-    for name, intensity, rate in measured:
-        ax.plot(intensity, rate / 1e12, "*", ms=10, label=f"{name}, measured")
+        if "product" not in name:                          # those lie on one spot, and fused attention there
+            at = int(name != "attention")
+            ax.annotate(name, (x[at], y[at]), fontsize=8, rotation=-25, textcoords="offset points",
+                        xytext=(4, -12))
+    for r in measured:                                     # of what arithmetic bounds, far right of the ridge
+        if r["which"] == "forward" and "TFLOP/s" in r:
+            ax.plot(2000, r["TFLOP/s"], "*", ms=10, label=f"{r['case']}, measured")
     ax.set(xlabel="FLOPs a byte of HBM traffic", ylabel="TFLOP/s at most, bf16",
            title=f"One block and the loss, {tokens:,} tokens on an H200: by operators ... fused")
     ax.legend(fontsize=7)
@@ -1847,24 +1861,22 @@ def demo(c, device, out):
     demo_roofline(c)
     where = f"on {torch.cuda.get_device_name(device)}" if cuda else "on the CPU, in the interpreter"
     print(f"\nKernels run {where}; triton {triton.__version__}, torch {torch.__version__}")
-    demo_errors(device, torch.bfloat16 if cuda else torch.float32)
+    demo_kernels(device, torch.bfloat16 if cuda else torch.float32)
     if not cuda:
-        demo_traffic()
         compile_report(out, only=("RMSNorm", "attention", "linear, TMA"))
     five_ways(device)
-    measured = demo_benchmark(device) if cuda else []
-    Path(out).mkdir(parents=True, exist_ok=True)
-    plot_roofline(f"{out}/kernels.png", c, measured)
+    plot_roofline(f"{out}/kernels.png", c, demo_benchmark(device) if cuda else ())
 
 
 def make_parser():
     parser = M.cli(__doc__)
-    mode = parser.add_argument_group("what to do (default: the lecture)").add_argument
-    mode("--compile_report", "--compile-report", action="store_true",
-         help="compile all for sm_90, no GPU needed")
-    mode("--end_to_end", "--end-to-end", action="store_true",
-         help="a training step on our kernels, and without")
-    mode("--profile", action="store_true", help="where a training step's time goes: tables, trace, memory")
+    mode = parser.add_argument_group("what to do (default: the lecture)").add_mutually_exclusive_group()
+    mode.add_argument("--compile_report", "--compile-report", action="store_true",
+                      help="compile all for sm_90, no GPU needed")
+    mode.add_argument("--end_to_end", "--end-to-end", action="store_true",
+                      help="a training step on our kernels, and without")
+    mode.add_argument("--profile", action="store_true",
+                      help="where a training step's time goes: tables, trace, memory")
     flag = parser.add_argument
     flag("--all", action="store_true", help="with --compile_report: all tiles, head dims and masks")
     flag("--only", nargs="+", metavar="CASE", default=[], help="with --compile_report: these cases")
@@ -1883,6 +1895,14 @@ def parse_args(argv=None, parser=None):
             parser.error(f"--only {name!r} is no case: choose from {', '.join(map(repr, known))}")
     if args.batch_size < 1:
         parser.error(f"--batch_size {args.batch_size} is out of range: 1 or more")
+    heard = {"out", "device"}                              # by the lecture
+    if args.compile_report:
+        heard = {"compile_report", "out", "all", "only"}
+    elif args.end_to_end or args.profile:
+        heard = {*vars(args)} - {"all", "only"}
+    for name in {*vars(args)} - heard:
+        if getattr(args, name) != parser.get_default(name):
+            print(f"note: --{name} is ignored here")
     return args
 
 
@@ -1890,10 +1910,17 @@ def main(argv=None):
     parser = make_parser()
     args = parse_args(argv, parser)
     try:
+        torch.manual_seed(0)
+        Path(args.out).mkdir(parents=True, exist_ok=True)
         if args.compile_report:
             return int(not compile_report(args.out, args.only, args.all))
         device = M.pick_device(args.device)
-        device = "cpu" if device == "mps" else device      # no triton there
+        device = "cpu" if device == "mps" or INTERPRETED else device       # no triton there
+        if device == "cpu" and not INTERPRETED:
+            raise ValueError("--device cpu: triton compiles for the GPU here; to interpret kernels, give "
+                             "TRITON_INTERPRET=1 before python")
+        if "cuda:" in device:
+            torch.cuda.set_device(device)
         if args.profile:
             profile(M.model_config(args), args.batch_size, device, args.out)
         elif args.end_to_end:

@@ -18,7 +18,7 @@ Equations
        MoE            = sum over a token's k of E experts of gate_e(x) ffn_e(x)
        loss           = mean over tokens of  log sum_v exp(z_v) - z_target            (nats a token)
 
-Run    python model.py                      # under a minute on two cores: the tables below, two plots in out
+Run    python model.py                      # under a minute on two cores: the tables below, a plot in out
        python model.py --preset gpt2        # the same accounting for another preset, or any --d_model, ...
        python model.py --layers MMMG        # ... or any other insides: sections 7 and 8
        python model.py import DIR --out out # a Hugging Face folder (GPT-2, Llama, Qwen, Mistral, Mixtral)
@@ -26,31 +26,24 @@ Run    python model.py                      # under a minute on two cores: the t
 
 You should see (two cores, CPU; shortened)
        model            parameters  GFLOPs/token    FFN  scores 1k    16k   128k  KV/token  training
-       gpt2            124,439,808          0.28  39.8%      13.3%  71.0%  95.1%     37 kB    2.0 GB
        gpt2-xl       1,557,611,200          3.42  57.4%       9.2%  61.8%  92.8%    307 kB   24.9 GB
        llama2-7b     6,738,415,616         13.75  63.0%       3.9%  39.4%  83.9%    524 kB  107.8 GB
        quantity                                 predicted     counted   ratio
        parameters                               1,803,904   1,803,904  1.0000
        forward FLOPs a token                    3,080,192   3,080,192  1.0000
-       backward FLOPs a token                   6,160,384   6,160,384  1.0000
        bytes kept for backward, batch 4 x 256  69,357,568  69,357,572  1.0000
-       AdamW state bytes                       14,431,232  14,431,232  1.0000
-       kept to decode after 256 tokens, fp32    1,048,576   1,048,576  1.0000
-       first loss (ln V with init zero)            8.3178      8.3178  1.0000
        Llama-2-13B's shape with other insides
        variant                             parameters  active  FLOPs/token  state 1k  state 128k
        multi-head attention                      13 G    13 G       26.5 G     839 M       107 G
-       grouped-query, a fifth of the keys      11.3 G  11.3 G       23.2 G     168 M      21.5 G
        latent attention (MLA)                  11.8 G  11.8 G       24.3 G    47.2 M      6.04 G
-       Mamba                                   15.2 G  15.2 G       30.3 G     107 M       107 M
+       Mamba                                   15.2 G  15.2 G       30.3 G     212 M       212 M
        8 experts, 2 active                     38.5 G    13 G       26.5 G     839 M       107 G
        Associative recall    4 pairs  16 pairs  64 pairs
        attention                 99%      100%      100%
        linear                    96%       91%        2%
-       balance of 8 experts  busiest  idlest  nearly idle experts
-       none                      30%    0.3%                    2
-       loss                      14%   11.8%                    0
-
+       balance of 8 experts  busiest  idlest  nearly idle  dropped at capacity 1  last loss
+       none                      64%    1.3%            3                    60%       1.60
+       loss                      15%   11.6%            0                    15%       1.62
 Outline  1 the shape: ModelConfig, PRESETS   2 functions, written plainly   3 layers
          4 attention      5 feed-forward     6 the block and the model      -- stop here on a first reading --
          7 other mixers   8 mixture of experts      9 generation      10 accounting      11 checkpoints
@@ -60,11 +53,12 @@ References  Vaswani et al. 2017 (Transformer), Xiong et al. 2020 (pre-norm), Zha
             Su et al. 2021 (RoPE), Shazeer 2019 (multi-query), Ainslie et al. 2023 (grouped-query), Shazeer
             2020 (SwiGLU), Henry et al. 2020 (QK-norm), Beltagy et al. 2020 (sliding window), Gemma Team 2024
             (soft-capping), Wang & Komatsuzaki 2021 (parallel block), Press & Wolf 2017 (tied embeddings);
-            those of sections 7 and 8 stand there. Jamba (Lieber et al. 2024): --layers MMMMGMMM and experts.
-            Models that pool bytes inside (MEGABYTE, BLT, T-FREE) are not here; train.py --tokenizer bytes is.
+            those of sections 7 and 8 stand there. Models that pool bytes inside (MEGABYTE, BLT, T-FREE) are
+            not here; train.py --tokenizer bytes is.
 """
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
@@ -87,7 +81,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 # Shape letters, everywhere: B batch, T query positions, S key positions, D d_model, N query heads,
-# K key/value heads, H head dim, F feed-forward, V vocabulary, L layers.
+# K key/value heads, H head dim, F feed-forward, V vocabulary, L layers, E experts.
 
 
 # --- 1. the shape of a model --------------------------------------------------------------------------------
@@ -105,11 +99,9 @@ class ModelConfig:
     d_model: int = knob(128, "D, the width of the residual stream")
     num_layers: int = knob(4, "L, blocks")
     num_heads: int = knob(2, "N, query heads")
-    num_kv_heads: int = knob(0, "K, key/value heads: N is multi-head, 1 multi-query, between grouped; "
-                                "0 means N")
+    num_kv_heads: int = knob(0, "K, key/value heads: N multi-head, 1 multi-query, else grouped; 0 means N")
     d_head: int = knob(0, "H, head dim; 0 means D/N")
-    d_ff: int = knob(0, "F, feed-forward width; 0 means 8/3 D for gated kinds, else 4 D, "
-                        "to the nearest multiple of 64")
+    d_ff: int = knob(0, "F, feed-forward width; 0 means 8/3 D if gated, else 4 D, to a multiple of 64")
     mixer: str = knob("attention", "what moves information between positions",
                       ("attention", "shared", "mla", "linear", "mamba", "hyena"))
     ffn: str = knob("swiglu", "feed-forward kind",
@@ -140,8 +132,7 @@ class ModelConfig:
     d_expert: int = knob(0, "width of one expert; 0 means F / (k + shared): as many active weights as dense")
     router: str = knob("topk", "who chooses: a token its k experts, an expert its tokens, or a balanced plan",
                        ("topk", "expert_choice", "sinkhorn"))
-    capacity_factor: float = knob(0.0, "an expert takes this many times its fair share and drops the rest; "
-                                       "0 means all")
+    capacity_factor: float = knob(0.0, "c: an expert takes c times its share and drops the rest; 0 means all")
     balance: str = knob("loss", "what keeps experts equally busy: a loss, a bias on the choice, nothing",
                         ("loss", "bias", "none"))
     balance_loss: float = knob(0.01, "weight of the balance loss")
@@ -150,8 +141,7 @@ class ModelConfig:
     router_noise: float = knob(0.0, "std of noise on the router's logits (training only)")
     router_jitter: float = knob(0.0, "e: the router's input times 1-e .. 1+e (training only)")
     mtp: int = knob(0, "extra tokens predicted at each position in training (multi-token prediction)")
-    rope_factor: float = knob(1.0, "Llama-3's stretched RoPE: slow pairs turn this many times slower; "
-                                   "1 means off")
+    rope_factor: float = knob(1.0, "f, Llama-3's stretched RoPE: slow pairs turn f times slower; 1 means off")
     rope_low_freq: float = knob(1.0, "turns in the original context below which a pair is stretched in full")
     rope_high_freq: float = knob(4.0, "turns in it above which a pair is left alone")
     rope_original_context: int = knob(8192, "the context before stretching, tokens")
@@ -160,44 +150,33 @@ class ModelConfig:
         for f in fields(self):
             value, choices = getattr(self, f.name), f.metadata["choices"]
             if f.type is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))  # 10000 for 10000.0; the class is frozen
-                continue
-            if f.type is not bool and isinstance(value, bool) or not isinstance(value, f.type):
+                value = float(value)                                         # 10000 for 10000.0
+                object.__setattr__(self, f.name, value)                      # the class is frozen
+            if not isinstance(value, f.type) or isinstance(value, bool) != (f.type is bool):
                 raise ValueError(f"{f.name}={value!r} is not of type {f.type.__name__}: "
-                                 f"give --{f.name} {f.default}")
+                                 f"try --{f.name} {f.default}")
             if choices and value not in choices:
                 raise ValueError(f"{f.name}={value!r} is unknown: choose one of {', '.join(choices)}")
-        for name in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "rope_theta",
-                     "norm_eps", "experts_per_token", "balance_devices", "rope_factor", "rope_low_freq",
-                     "rope_high_freq", "rope_original_context"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be positive: give --{name} 1 or more"
-                                 if name != "norm_eps" else
-                                 f"norm_eps={self.norm_eps} must be positive: try 1e-5")
-        for name in ("num_kv_heads", "d_head", "d_ff", "window", "attn_softcap", "logit_softcap", "kv_latent",
-                     "rope_dims", "num_experts", "shared_experts", "d_expert", "capacity_factor",
-                     "balance_loss", "router_z_loss", "router_noise", "router_jitter", "mtp"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must not be negative: 0 is the default")
-        D, N = self.d_model, self.num_heads
-        if D % N and not self.d_head:
-            raise ValueError(f"d_model={D} is not divisible by num_heads={N}: "
-                             f"try --d_model {N * max(1, D // N)}")
-        if N % self.kv_heads:
-            raise ValueError(f"num_heads={N} is not divisible by "
-                             f"num_kv_heads={self.kv_heads}: try --num_kv_heads "
-                             f"{max(k for k in range(1, N + 1) if N % k == 0 and k <= self.kv_heads)}")
-        if self.position == "rope" and self.head_dim % 2:
-            raise ValueError(f"head dim d_model/num_heads={self.head_dim} is odd and RoPE turns pairs: "
-                             f"try --d_model {N * (self.head_dim + 1)}" if not self.d_head else
-                             f"d_head={self.d_head} is odd and RoPE turns pairs: "
-                             f"try --d_head {self.d_head + 1}")
-        if self.position == "sinusoidal" and D % 2:                     # without d_head, N is odd then, too
-            raise ValueError(f"d_model={D} is odd and sinusoidal positions come in pairs: "
-                             f"try --d_model {D + (1 if self.d_head else N)}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is not a probability below 1: try --dropout 0.1")
-        check_variants(self)
+            may_be_zero = f.default == 0 or f.name in ("balance_loss", "router_z_loss")
+            if f.type in (int, float) and not (0 <= value < math.inf and (value or may_be_zero)):
+                raise ValueError(f"{f.name}={value} must be {'0 or more' if may_be_zero else 'positive'} and "
+                                 f"finite: try --{f.name} {f.default}")
+        D, N, K, H = self.d_model, self.num_heads, self.kv_heads, self.head_dim
+        for wrong, message in [
+                (D % N and not self.d_head,
+                 f"d_model={D} is not divisible by num_heads={N}: try --d_model {N * max(1, D // N)}"),
+                (N % K, f"num_heads={N} is not divisible by num_kv_heads={K}: try --num_kv_heads "
+                        f"{max(k for k in range(1, N + 1) if N % k == 0 and k <= K)}"),
+                (self.position == "rope" and H % 2,
+                 f"d_head={H} is odd and RoPE turns pairs: try --d_head {H + 1}"),
+                (self.position == "sinusoidal" and D % 2,                # without d_head, N is odd then, too
+                 f"d_model={D} is odd and sinusoidal positions come in pairs: "
+                 f"try --d_model {D + (1 if self.d_head else N)}"),
+                (self.dropout >= 1,
+                 f"dropout={self.dropout} is not a probability below 1: try --dropout 0.1"),
+                *variant_checks(self)]:                                      # of sections 7 and 8
+            if wrong:
+                raise ValueError(message)
 
     # The zeros above stand for "the usual"; these say what that is.
     kv_heads = property(lambda self: self.num_kv_heads or self.num_heads)                # K
@@ -309,6 +288,11 @@ def attention_mask(positions, key_positions, window=0):
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
+def per_head(positions):
+    """(T,) stays, (B,T) -> (B,1,T): the same positions for every head of a (B,N,T,H) tensor."""
+    return positions if positions.dim() == 1 else positions[:, None]
+
+
 def apply_rope(x, positions, theta=10000.0, *stretch):
     """Rotary position embedding (Su et al. 2021).   x (...,T,H), positions (...,T) of integers -> (...,T,H).
 
@@ -370,29 +354,13 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        kind = torch.promote_types(x.dtype, self.weight.dtype)    # under autocast x is bf16, the gain fp32
+        return F.rms_norm(x.to(kind), self.weight.shape, self.weight.to(kind), self.eps).to(x.dtype)
 
 
-class LayerNorm(nn.Module):
-    def __init__(self, d, eps=1e-5, bias=False):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(d)), eps
-        self.bias = nn.Parameter(torch.zeros(d)) if bias else None
-
-    def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-
-
-class Identity(nn.Module):
-    """Stands where a norm would: the ablation without one, and the places a norm position leaves empty."""
-    def __init__(self, d=0, eps=0.0, bias=False):
-        super().__init__()
-
-    def forward(self, x):
-        return x
-
-
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm, "none": Identity}
+# norm(d, eps, bias). nn.Identity also stands in the places that a norm position leaves empty.
+NORMS = {"rmsnorm": RMSNorm, "layernorm": lambda d, eps, bias: nn.LayerNorm(d, eps, bias=bias),
+         "none": nn.Identity}
 
 
 # --- 4. attention: the one place where positions talk to each other -----------------------------------------
@@ -403,28 +371,16 @@ class KVCache:
     positions, need no special case."""
     def __init__(self, window=0):
         self.k = self.v = self.positions = None
-        self.window, self.length = window, 0
+        self.window = window
 
     def append(self, k, v, positions):
         """k, v (B,K,T,H), positions (T,) or (B,T) -> past and new. A window keeps its last keys only."""
-        new, self.length = (k, v, positions), self.length + k.shape[-2]
         if self.k is not None:
-            new = (torch.cat((self.k, k), -2), torch.cat((self.v, v), -2),
-                   torch.cat((self.positions, positions), -1))
-        k, v, positions = new
+            k, v = torch.cat((self.k, k), -2), torch.cat((self.v, v), -2)
+            positions = torch.cat((self.positions, positions), -1)
         first = max(0, k.shape[-2] - self.window + 1) if self.window else 0     # the next query brings one
         self.k, self.v, self.positions = k[..., first:, :], v[..., first:, :], positions[..., first:]
-        return new
-
-    def crop(self, length):
-        """Forget all but the first `length` tokens: to take back a guess. A window cannot: what it dropped
-        would be needed again."""
-        if self.window and self.length >= self.window:
-            raise ValueError(f"a window of {self.window} keys cannot go back to {length} tokens")
-        if length < self.length:
-            self.k, self.v, self.positions = (self.k[..., :length, :], self.v[..., :length, :],
-                                              self.positions[..., :length])
-            self.length = length
+        return k, v, positions
 
     def nbytes(self):
         return self.k.nbytes + self.v.nbytes if self.k is not None else 0
@@ -444,8 +400,8 @@ class Attention(nn.Module):
         N, K, H = c.num_heads, c.kv_heads, c.head_dim
         self.wqkv = Linear(c.d_model, (N + 2 * K) * H, bias=c.bias != "none")  # three matrices in one product
         self.wo = Linear(N * H, c.d_model, bias=c.bias == "all")
-        self.q_norm = RMSNorm(H, c.norm_eps) if c.qk_norm else Identity()
-        self.k_norm = RMSNorm(H, c.norm_eps) if c.qk_norm else Identity()
+        self.q_norm = RMSNorm(H, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(H, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, positions, cache=None):
         """x (B,T,D), positions (T,) or (B,T), cache KVCache or None -> (B,T,D). Positions rise along T.
@@ -456,8 +412,7 @@ class Attention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))          # (B,N,T,H), views; so y below needs no copy
         if c.position == "rope":
-            at = positions if positions.dim() == 1 else positions[:, None]  # (T,), or (B,1,T) for the heads
-            q, k = apply_rope(q, at, *c.rope), apply_rope(k, at, *c.rope)
+            q, k = (apply_rope(t, per_head(positions), *c.rope) for t in (q, k))
         key_positions = positions
         if cache is not None:
             k, v, key_positions = cache.append(k, v, positions)              # (B,K,S,H)
@@ -470,10 +425,11 @@ class Attention(nn.Module):
         """The fused kernel, unless soft-capped. Plain: the queries are all the keys, so no mask is built."""
         c = self.c
         grouped = c.kv_heads < c.num_heads
-        if plain and not c.attn_softcap and (not c.window or c.window >= q.shape[-2]):
+        # A window as wide as the text hides nothing, unless rows have positions of their own, further apart.
+        hides = c.window and (c.window < q.shape[-2] or positions.dim() > 1)
+        if plain and not c.attn_softcap and not hides:
             return attend(q, k, v, is_causal=True, enable_gqa=grouped)
-        mask = attention_mask(positions, key_positions, c.window)            # (T,S) or (B,T,S)
-        mask = mask if mask.dim() == 2 else mask[:, None]                    # the same for every head
+        mask = attention_mask(per_head(positions), per_head(key_positions), c.window)    # (T,S) or (B,1,T,S)
         if not c.attn_softcap:
             return attend(q, k, v, attn_mask=mask, enable_gqa=grouped)
         # Head n reads group n // (N/K).
@@ -532,16 +488,17 @@ class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         def norm(*places):
-            return (NORMS[c.norm](c.d_model, c.norm_eps, c.bias == "all") if c.norm_position in places else
-                    Identity())
+            kind = NORMS[c.norm] if c.norm_position in places else nn.Identity
+            return kind(c.d_model, c.norm_eps, c.bias == "all")
         self.mixer, self.c = MIXERS[c.mixer](c), c
-        self.ffn = MoE(c) if c.num_experts else FFNS[c.ffn](c)
-        self.norm1, self.norm2 = norm("pre", "double"), Identity() if c.parallel else norm("pre", "double")
+        self.ffn = MoE(c) if c.num_experts else FFNS[c.ffn](c)               # MoE: section 8
+        self.norm1, self.norm2 = norm("pre", "double"), nn.Identity() if c.parallel else norm("pre", "double")
         self.out1, self.out2 = norm("double"), norm("double")
-        self.after1, self.after2 = Identity() if c.parallel else norm("post"), norm("post")
+        self.after1, self.after2 = nn.Identity() if c.parallel else norm("post"), norm("post")
 
     def forward(self, x, positions, cache=None):
-        drop = lambda y: F.dropout(y, self.c.dropout, self.training)         # at 0 a no-op
+        p = self.c.dropout
+        drop = lambda y: F.dropout(y, p, self.training) if p else y
         if self.c.parallel:             # one norm, and under tensor parallelism one all-reduce instead of two
             h = self.norm1(x)
             return self.after2(x + drop(self.out1(self.mixer(h, positions, cache)))
@@ -561,7 +518,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(layer) for layer in layers)
         self.mtp = nn.ModuleList(Block(layers[0]) for _ in range(c.mtp))     # see training_loss
         lend_keys(self.blocks)
-        last = NORMS[c.norm] if c.norm_position != "post" else Identity  # a post-norm block ends in a norm
+        last = NORMS[c.norm] if c.norm_position != "post" else nn.Identity   # post: a block ends in a norm
         self.norm = last(c.d_model, c.norm_eps, c.bias == "all")
         self.head = Linear(c.d_model, c.vocab_size)
         if c.tie_embeddings:
@@ -571,7 +528,8 @@ class Transformer(nn.Module):
 
     def forward(self, ids, positions=None, cache=None):
         x = self.features(ids, positions, cache)
-        self.stream = x if self.training and self.mtp else None
+        if self.mtp:
+            self.stream = x                                                  # for training_loss
         return soft_cap(self.head(x), self.config.logit_softcap)
 
     def features(self, ids, positions=None, cache=None):
@@ -587,7 +545,7 @@ class Transformer(nn.Module):
             x = x + self.position(positions)
         elif c.position == "sinusoidal":
             x = x + sinusoids(positions, c.d_model).to(x.dtype)
-        x = F.dropout(x, c.dropout, self.training)
+        x = F.dropout(x, c.dropout, self.training) if c.dropout else x
         for i, block in enumerate(self.blocks):
             if self.checkpoint_blocks and cache is None and torch.is_grad_enabled():
                 x = torch.utils.checkpoint.checkpoint(block, x, positions, use_reentrant=False)
@@ -620,13 +578,6 @@ class Cache:
 
     def nbytes(self):
         return sum(layer.nbytes() for layer in self.layers if layer is not None)
-
-    def crop(self, length):
-        """Forget all but the first `length` tokens. Only keys and values can be cut: a state is a sum."""
-        for layer in self.layers:
-            if layer is not None:
-                layer.crop(length)
-        self.length = min(self.length, length)
 
 
 def sinusoids(positions, d_model):
@@ -679,7 +630,8 @@ def lm_loss(logits, targets, z_loss=0.0):
 # --- 7. other mixers ----------------------------------------------------------------------------------------
 # One question, five more answers: what is carried from token to token? Attention carries all keys and values;
 # SharedAttention those of another layer; MLA a compressed form of them; linear attention and Mamba one matrix
-# a head, whatever the length; Hyena its inputs, which a long filter weighs by distance alone.
+# a head, whatever the length; Hyena its inputs, which a long filter weighs by distance alone. Layers may
+# differ: Jamba (Lieber et al. 2024) is --layers MMMGMMMM with experts.
 
 # A letter of ModelConfig.layers -> what it changes in the layer's own config.
 LAYERS = {"G": dict(mixer="attention", window=0), "L": dict(mixer="attention"), "C": dict(mixer="shared"),
@@ -702,33 +654,33 @@ def layer_configs(c):
     return out
 
 
-def check_variants(c):
-    """ModelConfig's checks of what this section and the next add."""
+def variant_checks(c):
+    """ModelConfig's checks of what this section and the next add: [(is it wrong, what to say)]."""
     attends = set("GLC") & set(c.layers) if c.layers else c.mixer in ("attention", "shared")
-    for wrong, message in [
-            (set(c.layers) - set(LAYERS),
-             f"layers={c.layers} has letters other than {''.join(LAYERS)}: try --layers GM"),
-            (re.match("[^GL]*C", c.layers),
-             f"layers={c.layers}: a C takes the keys of a G or L before it: try --layers G{c.layers}"),
-            ("L" in c.layers and not c.window,
-             f"layers={c.layers} has local layers, and window={c.window}: try --window 128"),
-            (c.window and not attends,
-             f"window={c.window} is for attention layers, and there is none: try --window 0"),
-            (c.attn_softcap and not attends,
-             f"attn_softcap={c.attn_softcap} is for attention layers: try --attn_softcap 0"),
-            (c.rope_dims % 2,
-             f"rope_dims={c.rope_dims} is odd and RoPE turns pairs: try --rope_dims {c.rope_dims + 1}"),
-            (c.rope_low_freq >= c.rope_high_freq,
-             f"rope_low_freq={c.rope_low_freq} is not below rope_high_freq={c.rope_high_freq}: "
-             f"try --rope_high_freq {4 * c.rope_low_freq}"),
-            (0 < c.num_experts < c.experts_per_token,
-             f"experts_per_token={c.experts_per_token} is more than num_experts={c.num_experts}: "
-             f"try --experts_per_token {c.num_experts}"),
-            (c.num_experts % c.balance_devices,
-             f"balance_devices={c.balance_devices} does not divide num_experts={c.num_experts}: "
-             f"try --balance_devices 1")]:
-        if wrong:
-            raise ValueError(message)
+    return [
+        (set(c.layers) - set(LAYERS),
+         f"layers={c.layers} has letters other than {''.join(LAYERS)}: try --layers GM"),
+        (re.match("[^GL]*C", c.layers),
+         f"layers={c.layers}: a C takes the keys of a G or L before it: try --layers G{c.layers}"),
+        ("L" in c.layers and not c.window,
+         f"layers={c.layers} has local layers, and window={c.window}: try --window 128"),
+        (c.window and not attends,
+         f"window={c.window} is for attention layers, and there is none: try --window 0"),
+        (c.attn_softcap and not attends,
+         f"attn_softcap={c.attn_softcap} is for attention layers: try --attn_softcap 0"),
+        (c.rope_dims % 2,
+         f"rope_dims={c.rope_dims} is odd and RoPE turns pairs: try --rope_dims {c.rope_dims + 1}"),
+        (c.rope_low_freq >= c.rope_high_freq,
+         f"rope_low_freq={c.rope_low_freq} is not below rope_high_freq={c.rope_high_freq}: "
+         f"try --rope_high_freq {4 * c.rope_low_freq}"),
+        (0 < c.num_experts < c.experts_per_token,
+         f"experts_per_token={c.experts_per_token} is more than num_experts={c.num_experts}: "
+         f"try --experts_per_token {c.num_experts}"),
+        (c.num_experts % c.balance_devices,
+         f"balance_devices={c.balance_devices} does not divide num_experts={c.num_experts}: "
+         f"try --balance_devices 1"),
+        (c.mtp >= c.context_length,
+         f"mtp={c.mtp} tokens ahead do not fit context_length={c.context_length}: try --mtp 0")]
 
 
 def stretch_rope(rate, factor, low_freq, high_freq, original_context):
@@ -748,13 +700,12 @@ class SharedAttention(Attention):
     def __init__(self, c):
         super().__init__(c)
         self.wq = Linear(c.d_model, c.num_heads * c.head_dim, bias=c.bias != "none")
-        self.wqkv, self.k_norm, self.lender = None, Identity(), None
+        self.wqkv, self.k_norm, self.lender = None, nn.Identity(), None
 
     def forward(self, x, positions, cache=None):
         c, (B, T, D) = self.c, x.shape
         q = self.q_norm(self.wq(x).view(B, T, c.num_heads, c.head_dim)).transpose(1, 2)      # (B,N,T,H)
-        if c.position == "rope":
-            q = apply_rope(q, positions if positions.dim() == 1 else positions[:, None], *c.rope)
+        q = apply_rope(q, per_head(positions), *c.rope) if c.position == "rope" else q
         k, v, key_positions, plain = self.lender[0].lent
         y = self.choose_kernel(q, k, v, positions, key_positions, plain)
         return self.wo(y.transpose(1, 2).reshape(B, T, -1))
@@ -797,7 +748,7 @@ class MLA(nn.Module):
         self.w_up = Linear(C, N * 2 * H)                                     # Uk and Uv
         self.wo = Linear(N * H, D)
         self.kv_norm = RMSNorm(C, c.norm_eps)
-        self.q_norm = RMSNorm(H + R, c.norm_eps) if c.qk_norm else Identity()
+        self.q_norm = RMSNorm(H + R, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x, positions, cache=None):
         c, (B, T, D) = self.c, x.shape
@@ -806,14 +757,13 @@ class MLA(nn.Module):
         latent, turned = self.w_down(x)[:, None].split([C, R], -1)           # (B,1,T,C), (B,1,T,R)
         latent = self.kv_norm(latent)
         if c.position == "rope":
-            at = positions if positions.dim() == 1 else positions[:, None]
-            turned = apply_rope(turned.contiguous(), at, *c.rope)            # pairs need an even stride
-            q = torch.cat((q[..., :H], apply_rope(q[..., H:], at, *c.rope)), -1)
+            # Pairs need an even stride: hence contiguous.
+            turn = lambda t: apply_rope(t.contiguous(), per_head(positions), *c.rope)
+            turned, q = turn(turned), torch.cat((q[..., :H], turn(q[..., H:])), -1)
         mask = None
         if cache is not None:
             latent, turned, key_positions = cache.append(latent, turned, positions)
-            mask = attention_mask(positions, key_positions)                  # (T,S) or (B,T,S)
-            mask = mask if mask.dim() == 2 else mask[:, None]
+            mask = attention_mask(per_head(positions), per_head(key_positions))        # (T,S) or (B,1,T,S)
         # To build all keys and values costs 4 S C N H FLOPs, longer queries and values 4 T S N (C - H): as
         # much at T = 4/3 H, where C = 4 H.
         form = self.absorbed if cache is not None and T < H else self.explicit
@@ -842,7 +792,7 @@ class MLA(nn.Module):
 
 class StateCache:
     """What a recurrent mixer carries, of fixed size: None at the start, then tensors (B,...), replaced, never
-    changed in place. So who wants to go back keeps the old ones; to crop is impossible."""
+    changed in place. So who wants to go back keeps the old ones: a state, being a sum, cannot be cut."""
     def __init__(self):
         self.state = self.recent = None
 
@@ -919,7 +869,7 @@ class Mamba(nn.Module):
     """
     def __init__(self, c):
         super().__init__()
-        heads, H = 2 * c.num_heads, c.head_dim
+        self.c, heads, H = c, 2 * c.num_heads, c.head_dim
         self.heads, self.parts = heads, [heads * H, heads * H + 2 * H, heads]                # z, (u, B, C), d
         self.w_in, self.wo = Linear(c.d_model, sum(self.parts)), Linear(heads * H, c.d_model)
         self.norm = RMSNorm(heads * H, c.norm_eps)
@@ -935,9 +885,8 @@ class Mamba(nn.Module):
         z, mixed, d = self.w_in(x).split(self.parts, -1)
         past = cache.recent if cache is not None else None
         mixed = torch.cat((mixed.new_zeros(B, 3, mixed.shape[-1]) if past is None else past, mixed), 1)
-        taps = self.conv.view(4, -1)
-        u, b, c = F.silu(sum(taps[i] * mixed[:, i:i + T] for i in range(4))).split(
-            [self.parts[0], *[(self.parts[1] - self.parts[0]) // 2] * 2], -1)
+        taps, H = self.conv.view(4, -1), self.c.head_dim
+        u, b, c = F.silu(sum(taps[i] * mixed[:, i:i + T] for i in range(4))).split([heads * H, H, H], -1)
         u = u.view(B, T, heads, -1).transpose(1, 2)                          # (B,2N,T,H)
         d = F.softplus(d + self.d_bias).transpose(1, 2)                      # (B,2N,T)
         y, state = chunked(c[:, None], b[:, None], d[..., None] * u, -d * self.log_a.exp()[:, None],
@@ -964,8 +913,8 @@ def fft_conv(x, h):
 
 
 class Hyena(nn.Module):
-    """A gated convolution as long as the text (Poli et al. 2023, order 2; the paper's short convolutions are
-    left out): no token looks at another, only at how far away it is.
+    """A gated convolution as long as the text (Poli et al. 2023, order 2 less its first convolution and the
+    short ones): no token looks at another, only at how far away it is.
 
         y = wo(a * (h conv z + skip z)),  z = b * v,  [a, b, v] = W x      h_t = mlp(waves of t) exp(-rate t)
 
@@ -1023,16 +972,16 @@ class MoE(nn.Module):
     """
     def __init__(self, c):
         super().__init__()
-        self.c, E, D, F_ = c, c.num_experts, c.d_model, c.expert_dim
-        self.router = Linear(D, E)
-        one = [FFNS[c.ffn](replace(c, d_ff=F_, bias="none")) for _ in range(E)]
+        self.c, E, width = c, c.num_experts, c.expert_dim
+        self.router = Linear(c.d_model, E)
+        one = [FFNS[c.ffn](replace(c, d_ff=width, bias="none")) for _ in range(E)]
         def stack(name):
             return nn.Parameter(torch.stack([getattr(expert, name).weight.detach() for expert in one]))
         self.w1, self.w2 = stack("w1"), stack("w2")                          # (E,F,D), (E,D,F)
         self.w3 = stack("w3") if c.gated else None                           # (E,F,D)
-        self.act = one[0].act
-        self.shared = FFNS[c.ffn](replace(c, d_ff=c.shared_experts * F_, bias="none")
-                                  ) if c.shared_experts else None
+        self.act, self.shared = one[0].act, None
+        if c.shared_experts:                               # side by side they are one wide feed-forward
+            self.shared = FFNS[c.ffn](replace(c, d_ff=c.shared_experts * width, bias="none"))
         self.register_buffer("bias", torch.zeros(E) if c.balance == "bias" else None)
         self.aux_loss, self.load, self.dropped = 0.0, None, 0.0
 
@@ -1049,7 +998,7 @@ class MoE(nn.Module):
         c, n, E, k = self.c, len(x), self.c.num_experts, self.c.experts_per_token
         logits = self.router_logits(x)                                       # (n,E)
         probs = logits.softmax(-1)
-        if c.router == "expert_choice":                    # later tokens compete for the seats: not causal
+        if c.router == "expert_choice":  # Zhou et al. 2022; later tokens compete for the seats: not causal
             visits = min(n, max(1, round(k * n / E)))
             gate, token = probs.t().topk(visits)                             # (E,visits)
             token, gate, counts = token.flatten(), gate.flatten(), torch.full((E,), visits, device=x.device)
@@ -1105,8 +1054,9 @@ class MoE(nn.Module):
     def experts(self, x, counts):
         """Visits (m,D), sorted by expert -> (m,D): products of different heights in a row."""
         def product(x, w):                                                   # w (E,out,in)
-            if x.is_cuda and w.shape[1] % 8 == w.shape[2] % 8 == 0:          # one kernel; rows of 16 bytes
-                kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+            kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
+            # One kernel for all, where torch has it: bf16 on a GPU, rows of 16 bytes.
+            if x.is_cuda and kind == torch.bfloat16 and w.shape[1] % 8 == w.shape[2] % 8 == 0:
                 return F.grouped_mm(x.to(kind), w.to(kind).mT, offs=counts.cumsum(0).int())
             return torch.cat([F.linear(part, one) for part, one in zip(x.split(counts.tolist()), w.unbind())])
         h = self.act(product(x, self.w1))
@@ -1142,6 +1092,10 @@ def upcycle(model, **experts):
     """A dense model -> a mixture of experts that computes the same: every expert is a copy of the dense
     feed-forward, the router fresh (Komatsuzaki et al. 2022). experts: ModelConfig's num_experts=8, ..."""
     c = replace(model.config, d_expert=model.config.ffn_dim, **experts)
+    if c.bias == "all" or c.experts_per_token == 1 or c.shared_experts:      # a lone gate is not 1
+        raise ValueError(f"bias={c.bias}, experts_per_token={c.experts_per_token}, "
+                         f"shared_experts={c.shared_experts}: copies compute the same without biases, "
+                         f"with 2 experts a token or more, and none shared")
     moe = Transformer(c).to(model.head.weight.device)
     weights = moe.state_dict()
     for name, w in model.state_dict().items():
@@ -1175,7 +1129,7 @@ def next_token_probs(logits, temperature=1.0, top_k=0, top_p=1.0):
         return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
     probs, order = softmax(logits.float() / temperature).sort(-1, descending=True)
     before = probs.cumsum(-1) - probs                                     # mass of the strictly likelier ones
-    keep = before < top_p
+    keep = before < (top_p if top_p < 1 else math.inf)                    # rounding may bring the sum above 1
     keep[..., 0] = True
     if top_k:
         keep[..., top_k:] = False
@@ -1193,7 +1147,7 @@ def generate(model, ids, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, st
     if not ids:
         raise ValueError("generate needs at least one token to start from: "
                          "give the end-of-text token for a fresh text")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+    if not (0 <= temperature < math.inf and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(f"temperature={temperature} (0 or more), top_p={top_p} (above 0, at most 1), "
                          f"top_k={top_k} (0 or more)")
     device, out, was_training = model.head.weight.device, [], model.training
@@ -1239,6 +1193,11 @@ def num_params_active(c):
         ffn_weights(c) - ffn_weights(c, active=True))
 
 
+def norms_per_block(c):
+    """pre and post 2, double 4; side by side, the two branches share the norm before (or after) them."""
+    return {"pre": 2, "post": 2, "double": 4}[c.norm_position] - c.parallel
+
+
 def ffn_weights(c, active=False):
     """Entries of the matrices of one layer's feed-forward, or of those that one token visits."""
     matrices = (3 if c.gated else 2) * c.d_model
@@ -1249,32 +1208,42 @@ def ffn_weights(c, active=False):
 
 
 def mixer_costs(c, S=1):
-    """What one layer's mixer (c: its own config) costs: {matrices: entries, params: with gains and biases,
-    scores: FLOPs a token at S keys a query, besides the matrices, per_token: numbers cached for each of the
-    last `held` tokens, fixed: numbers cached whatever the context}."""
+    """What one layer's mixer (c: its own config) costs, as a dict of numbers:
+    matrices   entries of its matrices              params  these, and gains and biases
+    scores     FLOPs a token at S keys a query, besides 2 a matrix entry
+    cached     for decoding, of each of the last `held` tokens
+    recent, state                                   ... and whatever the context; state is in fp32 at least
+    saved      a token, for the backward pass: exact for attention, rounded from what was counted elsewhere
+    """
     D, N, K, H, C, R = c.d_model, c.num_heads, c.kv_heads, c.head_dim, c.latent_dim, c.rotary_dim
-    chunk, inner = min(S, CHUNK), 2 * N * H                                  # linear and mamba: see chunked
+    cached, recent, state, held, chunk = 0, 0, 0, math.inf, min(S, CHUNK)    # chunk: see chunked
     if c.mixer in ("attention", "shared"):
-        width = (N + 2 * K if c.mixer == "attention" else N) * H             # shared: queries alone
-        norms = (2 if c.mixer == "attention" else 1) * H * c.qk_norm
-        matrices, vectors = D * width + N * H * D, norms + {"none": 0, "qkv": width, "all": width + D}[c.bias]
-        scores, cached = 4 * S * N * H, (2 * K * H if c.mixer == "attention" else 0, 0)
+        made, changed = (N + 2 * K, N + K) if c.mixer == "attention" else (N, N)         # heads: q k v, q k
+        matrices, scores = D * made * H + N * H * D, 4 * S * N * H
+        vectors = {"none": 0, "qkv": made * H, "all": made * H + D}[c.bias]
+        vectors += H * c.qk_norm * (2 if c.mixer == "attention" else 1)
+        if c.mixer == "attention":
+            cached, held = 2 * K * H, c.window - 1 if c.window else math.inf
+        # Input, q k v, changed q k, output, log Z.
+        again = 2 * H + 1 if c.qk_norm else H if c.position == "rope" else 0
+        saved = D + made * H + changed * again + N * H + N
     elif c.mixer == "mla":
-        matrices = D * N * (H + R) + D * (C + R) + C * N * 2 * H + N * H * D
-        vectors, scores, cached = C + (H + R) * c.qk_norm, 2 * S * N * (H + R + H), (C + R, 0)
+        matrices, scores = D * N * (H + R) + D * (C + R) + C * N * 2 * H + N * H * D, 2 * S * N * (H + R + H)
+        vectors, cached = C + (H + R) * c.qk_norm, C + R
+        saved = 2 * D + 5 * N * (H + R) + 4 * N * H + 3 * C
     elif c.mixer == "linear":
-        matrices, vectors, cached = 4 * D * N * H, H, (0, N * H * H)
-        scores = N * (4 * chunk * H + 4 * H * H)
+        matrices, vectors, scores = 4 * D * N * H, H, N * (4 * chunk * H + 4 * H * H)
+        state, saved = N * H * H, 13 * N * H
     elif c.mixer == "mamba":
-        matrices, mixed = D * (2 * inner + 2 * H + 2 * N) + inner * D, inner + 2 * H
-        vectors, cached = 4 * mixed + 6 * N + inner, (0, 3 * mixed + 2 * N * H * H)
+        inner, mixed = 2 * N * H, 2 * N * H + 2 * H
+        matrices, vectors = D * (inner + mixed + 2 * N) + inner * D, 4 * mixed + 6 * N + inner
         scores = 2 * chunk * H + 2 * N * (2 * chunk * H + 4 * H * H)
-    else:                                                                    # hyena; an FFT of n: 5 n log2 n
-        matrices, cached = 4 * D * D + FILTER[0] * FILTER[1] + FILTER[1] * D, (D, 0)
-        vectors, scores = D, round(2 * D * 5 * 2 * math.log2(2 * S))
-    held = c.window - 1 if c.window and c.mixer == "attention" else math.inf
-    return dict(matrices=matrices, params=matrices + vectors, scores=scores, per_token=cached[0],
-                fixed=cached[1], held=held)
+        recent, state, saved = 3 * mixed, 2 * N * H * H, 40 * N * H
+    else:                                                  # hyena; an FFT of n is 5 n log2 n
+        matrices, vectors = 4 * D * D + FILTER[0] * FILTER[1] + FILTER[1] * D, D
+        scores, cached, saved = round(2 * D * 5 * 2 * math.log2(2 * S)), D, 14 * D
+    return dict(matrices=matrices, params=matrices + vectors, scores=scores, cached=cached, held=held,
+                recent=recent, state=state, saved=saved)
 
 
 def flops_per_token(c, context=None):
@@ -1302,20 +1271,14 @@ def train_flops(c, tokens, context=None):
 def kv_bytes_per_token(c, bytes_per_number=2):
     """What one more token of a text adds to the cache (up to the window, if there is one), and what decoding
     reads again for every new token: with attention 2 K H numbers a layer."""
-    return sum(mixer_costs(layer)["per_token"] for layer in layer_configs(c)) * bytes_per_number
+    return sum(mixer_costs(layer)["cached"] for layer in layer_configs(c)) * bytes_per_number
 
 
 def state_bytes(c, context, bytes_per_number=2):
-    """What decoding keeps of one sequence of `context` tokens, all layers. (A recurrent state is kept in fp32
-    whatever the model runs in: 4 bytes a number.)"""
+    """What decoding keeps of one sequence of `context` tokens, all layers."""
     costs = [mixer_costs(layer) for layer in layer_configs(c)]
-    return bytes_per_number * sum(m["fixed"] + m["per_token"] * min(context, m["held"]) for m in costs)
-
-
-def optimizer_bytes(c, states=2, bytes_per_number=4):
-    """AdamW keeps two fp32 numbers a parameter, SGD with momentum (and Muon) one.
-    Weights and gradients come on top."""
-    return num_params(c) * states * bytes_per_number
+    numbers = sum(m["recent"] + m["cached"] * min(context, m["held"]) for m in costs)
+    return bytes_per_number * numbers + max(4, bytes_per_number) * sum(m["state"] for m in costs)
 
 
 def activation_bytes(c, batch_size, context=None, checkpoint_blocks=False):
@@ -1324,8 +1287,8 @@ def activation_bytes(c, batch_size, context=None, checkpoint_blocks=False):
     Exact for the CPU's kernels without dropout, window and soft-caps (a test counts it); CUDA's fused RMSNorm
     and attention keep D a norm and a block less. Tokens x (about 14 D + 4 F) x L + tokens x V: the last term,
     the logits, is why small models spend more memory on the vocabulary than on the blocks. With checkpointing
-    a block keeps its input alone and runs twice: a third more FLOPs. Other mixers and experts are rounded
-    from what was counted: within a quarter.
+    a block keeps its input alone and runs twice: a third more FLOPs. Other mixers and experts: within a
+    quarter.
     """
     D, T, layers = c.d_model, context or c.context_length, layer_configs(c)
     # A norm: input, normalised (RMSNorm), 1/std (and mean).
@@ -1335,29 +1298,13 @@ def activation_bytes(c, batch_size, context=None, checkpoint_blocks=False):
     if c.num_experts:                                      # a visit: a copy of the token, its output twice
         ffn = D + k * 3 * D + (k + c.shared_experts) * hidden * c.expert_dim
     block = ffn + norms_per_block(c) * norm
-    tables = sum({"attention": 2, "shared": 1}.get(layer.mixer, 0) for layer in layers) * c.head_dim * T
+    mixers, tokens = [mixer_costs(layer)["saved"] for layer in layers], batch_size * T
+    kept = len(layers) * tokens * D if checkpoint_blocks else tokens * (sum(mixers) + len(layers) * block)
+    if c.position == "rope" and not checkpoint_blocks:     # (T,H/2) complex numbers, once for q and for k
+        kept += sum({"attention": 2, "shared": 1}.get(layer.mixer, 0) for layer in layers) * c.head_dim * T
     last = (norm if c.norm_position != "post" else 0) + D + 4        # norm, the head's input, ids and targets
-    tokens, extra = batch_size * T, c.mtp * (mixer_activations(layers[0]) + block)
-    kept = tokens * sum(mixer_activations(layer) + block for layer in layers)
-    kept += tables if c.position == "rope" else 0                    # of T x H/2 complex numbers
-    return {"blocks": 4 * (len(layers) * tokens * D if checkpoint_blocks else kept) + 4 * tokens * extra,
+    return {"blocks": 4 * (kept + c.mtp * tokens * (mixers[0] + block)),
             "last norm": 4 * tokens * last, "logits": 4 * tokens * c.vocab_size * (1 + c.mtp)}
-
-
-def mixer_activations(c):
-    """Numbers a token that one mixer keeps for the backward pass."""
-    D, N, K, H = c.d_model, c.num_heads, c.kv_heads, c.head_dim
-    if c.mixer in ("attention", "shared"):                 # input, q k v, changed q k, output, log Z
-        made, changed = (N + 2 * K, N + K) if c.mixer == "attention" else (N, N)             # heads
-        one = 2 * H + 1 if c.qk_norm else H if c.position == "rope" else 0
-        return D + made * H + changed * one + N * H + N
-    return {"mla": 2 * D + 5 * N * (H + c.rotary_dim) + 4 * N * H + 3 * c.latent_dim,
-            "linear": 13 * N * H, "mamba": 40 * N * H, "hyena": 14 * D}[c.mixer]
-
-
-def norms_per_block(c):
-    """pre and post 2, double 4; side by side, the two branches share the norm before (or after) them."""
-    return {"pre": 2, "post": 2, "double": 4}[c.norm_position] - c.parallel
 
 
 @contextlib.contextmanager
@@ -1415,12 +1362,9 @@ def save_checkpoint(out, model, optimizer=None, step=0, **extra):
 
 def refuse_objects(value, name="checkpoint"):
     """Raise now what load_checkpoint would refuse later, such as a numpy number."""
-    if isinstance(value, dict):
-        for k, v in value.items():
-            refuse_objects(v, f"{name}[{k!r}]")
-    elif isinstance(value, (list, tuple)):
-        for i, v in enumerate(value):
-            refuse_objects(v, f"{name}[{i}]")
+    if isinstance(value, (dict, list, tuple)):
+        for key, v in value.items() if isinstance(value, dict) else enumerate(value):
+            refuse_objects(v, f"{name}[{key!r}]")
     elif not (isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, str)):
         raise TypeError(f"{name} is a {type(value).__name__}: "
                         f"a checkpoint holds tensors and plain values only")
@@ -1430,7 +1374,7 @@ def load_checkpoint(src, device="cpu"):
     """A path or an open binary file -> the dict that save_checkpoint wrote, tensors on `device`.
 
     weights_only=True: the file may hold tensors and plain values, nothing that runs code when it is opened.
-    Raises FileNotFoundError or ValueError with what to do.
+    Raises FileNotFoundError, OSError or ValueError with what to do.
     """
     try:
         with open(src, "rb") if isinstance(src, (str, os.PathLike)) else contextlib.nullcontext(src) as f:
@@ -1450,13 +1394,10 @@ def load_checkpoint(src, device="cpu"):
         raise ValueError(f"{src} is truncated, damaged or no checkpoint ({first_line(e)}): "
                          f"go back to an older copy, or train again") from None
     kinds = {"config": dict, "model": dict, "step": int}
-    wrong = [k for k, kind in kinds.items()
-             if not isinstance(state, dict) or not isinstance(state.get(k), kind)]
-    if wrong:
-        raise ValueError(f"{src} is a torch file but no checkpoint of this project: "
-                         f"{', '.join(wrong)} missing or odd")
+    if not isinstance(state, dict) or any(not isinstance(state.get(k), kind) for k, kind in kinds.items()):
+        raise ValueError(f"{src} is a torch file but no checkpoint of this project: config, model and step")
     # Files saved by hand from a compiled or wrapped module carry these prefixes in every name, in any order.
-    state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", k): v for k, v in state["model"].items()}
+    state["model"] = {re.sub(r"^(_orig_mod\.|module\.)+", "", str(k)): v for k, v in state["model"].items()}
     return state
 
 
@@ -1522,12 +1463,12 @@ HF_KEYS = {  # a field of ModelConfig: (its key in config.json in Llama's family
     "d_model": ("hidden_size", "n_embd"),
     "num_layers": ("num_hidden_layers", "n_layer"),
     "num_heads": ("num_attention_heads", "n_head"),
-    "num_kv_heads": ("num_key_value_heads", None),
-    "d_head": ("head_dim", None),
     "d_ff": ("intermediate_size", "n_inner"),
     "ffn": ("hidden_act", "activation_function"),
-    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),
+    "norm_eps": ("rms_norm_eps", "layer_norm_epsilon"),                      # to here a file must name them
     "tie_embeddings": ("tie_word_embeddings", "tie_word_embeddings"),
+    "num_kv_heads": ("num_key_value_heads", None),
+    "d_head": ("head_dim", None),
     "window": ("sliding_window", None),
     "num_experts": ("num_local_experts", None),
     "experts_per_token": ("num_experts_per_tok", None),
@@ -1552,20 +1493,20 @@ def config_from_hf(hf):
     if kind not in HF_KINDS:
         raise ValueError(f"model_type {kind!r} is not one of {', '.join(HF_KINDS)}")
     hf = {**hf, **(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}       # old files, new
-    hf.setdefault("rope_type", hf.get("type"))                                               # oldest
+    hf["rope_type"] = hf.get("rope_type") or hf.get("type")                                  # oldest
     for key, values in HF_ONLY.items():
         if hf.get(key) not in (None, *values):
             raise ValueError(f"{key} {hf[key]!r} is not supported, only {values or 'none'}")
     if kind not in ("mistral", "mixtral"):                             # Qwen files name a window, unused
         hf["sliding_window"] = None
-    keys = {**{ours: key[kind == "gpt2"] for ours, key in HF_KEYS.items()}, **HF_STRETCH}
+    keys = {ours: key[kind == "gpt2"] for ours, key in HF_KEYS.items()}
+    keys.update(HF_STRETCH if hf["rope_type"] == "llama3" else {})
     found = {ours: hf[key] for ours, key in keys.items() if hf.get(key) is not None}
     if kind == "gpt2" and "d_model" in found:
         found.setdefault("d_ff", 4 * found["d_model"])
-    for ours in ("vocab_size", "context_length", "d_model", "num_layers", "num_heads", "d_ff", "ffn",
-                 "norm_eps"):
-        if ours not in found:
-            raise ValueError(f"{keys[ours]} is missing")
+    missing = [keys[ours] for ours in list(HF_KEYS)[:8] if ours not in found]
+    if missing:
+        raise ValueError(f"{missing[0]} is missing")
     ffns = {theirs: ours for ours, theirs in HF_FFN.items() if (ours in GATES) == (kind != "gpt2")}
     if found["ffn"] not in ffns:
         raise ValueError(f"{keys['ffn']} {found['ffn']!r} is not one of {', '.join(ffns)}")
@@ -1596,10 +1537,9 @@ def config_to_hf(c):
         hf.update(sliding_window=c.window or None, attention_bias=c.bias == "all", mlp_bias=c.bias == "all",
                   rope_scaling={"rope_type": "llama3", **stretch} if c.rope_factor != 1 else None)
     back = spelled_out(config_from_hf(hf)[1])
-    lost = [f.name for f in fields(c) if getattr(back, f.name) != getattr(full, f.name)]
+    lost = [f"{name}={getattr(c, name)}" for name in asdict(c) if getattr(back, name) != getattr(full, name)]
     if lost:
-        raise ValueError(f"the nearest architecture of Hugging Face, {kind}, has no "
-                         f"{', '.join(f'{name}={getattr(c, name)}' for name in lost)}")
+        raise ValueError(f"the nearest architecture of Hugging Face, {kind}, has no {', '.join(lost)}")
     return hf
 
 
@@ -1629,21 +1569,21 @@ def hf_parts(kind, model):
             continue
         # "blocks.3.mixer.wo.weight" -> 3, mixer.wo, weight;   "blocks.3.ffn.w1" (experts) -> 3, ffn.w1, None
         layer, module, leaf = re.fullmatch(r"(?:blocks\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", name).groups()
-        names, views = HF_NAMES.get(module if leaf else f"{module}[e]", (None, None))[gpt2], [ours]
+        names = HF_NAMES.get(module if leaf else f"{module}[e]", (None, None))[gpt2]
         if names is None:
             raise ValueError(f"{name} has no counterpart in a {kind} checkpoint")
-        names = names.split()
+        names, views = names.split(), [ours]
         if not leaf:
             names, views = [names[0].format(e) for e in range(len(ours))], ours.unbind()
         elif len(names) == 3:
             views = ours.split([c.num_heads * H, c.kv_heads * H, c.kv_heads * H])
+        prefix = f"{HF_NAMES['blocks'][gpt2]}.{layer}." if layer else ""
         for theirs, view in zip(names, views):
             view = view.t() if gpt2 and layer and view.dim() == 2 else view
             shape = tuple(view.shape)
             if c.position == "rope" and re.search("[qk]_(proj|norm)", theirs):
                 # A head's row 2j + p here is row p H/2 + j there: (heads,H/2,2,...) -> (heads,2,H/2,...).
                 view = view.unflatten(0, (-1, H // 2, 2)).transpose(1, 2)
-            prefix = f"{HF_NAMES['blocks'][gpt2]}.{layer}." if layer else ""
             parts.append((f"{prefix}{theirs}.{leaf or 'weight'}", view, shape))
     return parts
 
@@ -1671,7 +1611,7 @@ def read_header(path):
             raise ValueError(f"{path} is truncated, or no safetensors file: a header of {n:,} bytes does not "
                              f"fit into {size:,}; fetch it again")
         text = f.read(n)
-    found, last = {}, 8 + n
+    found = {}
     try:
         for name, t in json.loads(text).items():
             if name == "__metadata__":
@@ -1679,31 +1619,25 @@ def read_header(path):
             shape, (begin, end) = tuple(map(int, t["shape"])), map(int, t["data_offsets"])
             dtype = SAFETENSORS.get(t["dtype"], t["dtype"])                  # an unknown one stays a string
             size_of = getattr(dtype, "itemsize", None)
-            if begin < 0 or size_of and end - begin != math.prod(shape) * size_of:
-                raise ValueError(f"{name} of shape {shape} at bytes {begin} to {end}")
-            found[name], last = (path, 8 + n + begin, shape, dtype), max(last, 8 + n + end)
+            if (not 0 <= begin <= end <= size - 8 - n
+                    or size_of and end - begin != math.prod(shape) * size_of):
+                raise ValueError(f"{name} of shape {shape} at bytes {begin} to {end} of {size - 8 - n}")
+            found[name] = path, 8 + n + begin, shape, dtype
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: the header is damaged ({first_line(e)}); fetch it again") from None
-    if last > size:
-        raise ValueError(f"{path} is truncated: {size:,} of {last:,} bytes; fetch it again")
+        raise ValueError(f"{path} is truncated or damaged ({first_line(e)}): fetch it again") from None
     return found
 
 
 def find_tensors(folder):
     """read_header of model.safetensors, or of all the shards in its index."""
-    single = os.path.join(folder, "model.safetensors")
-    if os.path.exists(single):
-        return read_header(single)
-    if not os.path.exists(f"{single}.index.json"):
-        raise FileNotFoundError(f"{folder} has neither model.safetensors nor model.safetensors.index.json: "
-                                f"fetch one (pickled .bin weights are not read)")
-    shards, found = read_json(f"{single}.index.json").get("weight_map"), {}
+    index, found = os.path.join(folder, "model.safetensors.index.json"), {}
+    shards = read_json(index).get("weight_map") if os.path.exists(index) else {"all": "model.safetensors"}
     if not isinstance(shards, dict):
-        raise ValueError(f"{single}.index.json has no weight_map: fetch it again")
+        raise ValueError(f"{index} has no weight_map: fetch it again")
     for name in sorted(set(map(str, shards.values()))):
         path = os.path.join(folder, os.path.basename(name))
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path} is missing, one of the shards in the index: fetch it")
+            raise FileNotFoundError(f"{path} is missing: fetch it (pickled .bin weights are not read)")
         found.update(read_header(path))
     return found
 
@@ -1712,9 +1646,8 @@ def check_tensors(folder, stored, shapes):
     """The files hold what config.json promises: no tensor less, none more, each of its shape.
     Besides weights they may hold GPT-2's causal mask, RoPE's rates, and a tied matrix once more."""
     besides = r"\.attn\.(masked_)?bias$|rotary_emb|^lm_head\.weight$"
-    missing = [name for name in shapes if name not in stored]
     unknown = [name for name in stored if name not in shapes and not re.search(besides, name)]
-    for names, what in ((missing, "missing"), (unknown, "unknown")):
+    for names, what in (([name for name in shapes if name not in stored], "missing"), (unknown, "unknown")):
         if names:
             raise ValueError(f"{folder}: {len(names)} tensors are {what}, such as {names[0]}: "
                              f"weights and config.json are not of one model")
@@ -1767,7 +1700,7 @@ def import_huggingface(folder, out):
     model = skeleton(c)
     shapes = {name: shape for name, _, shape in hf_parts(kind, model)}
     check_tensors(folder, stored, shapes)
-    dtype = max((stored[name][-1] for name in shapes), key=lambda dtype: dtype.itemsize)
+    dtype = functools.reduce(torch.promote_types, (stored[name][-1] for name in shapes))     # loses nothing
     room = {name: torch.empty(t.shape, dtype=dtype) for name, t in model.state_dict().items()}
     load_weights(model, room, assign=True)
     if c.tie_embeddings:
@@ -1784,7 +1717,7 @@ def import_huggingface(folder, out):
 
 def export_huggingface(checkpoint, folder):
     """A checkpoint, and the tokenizer.json beside it -> a folder that transformers loads."""
-    refuse_overwriting(folder, "config.json", "model.safetensors", "tokenizer.json")
+    refuse_overwriting(folder, "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     state = load_checkpoint(checkpoint)
     c = config_of(state)
     hf = config_to_hf(c)
@@ -1814,8 +1747,10 @@ def refuse_overwriting(folder, *names):
 
 def copy_tokenizer(source, target):
     """bpe.py and transformers read the same file; this script sees ids alone."""
-    with contextlib.suppress(FileNotFoundError):
+    try:
         shutil.copyfile(os.path.join(source, "tokenizer.json"), os.path.join(target, "tokenizer.json"))
+    except FileNotFoundError:
+        print(f"note: {source or '.'} has no tokenizer.json: put it into {target} before text is asked for")
 
 
 # --- 13. for every script: command line, device, tables, plots ----------------------------------------------
@@ -1852,12 +1787,12 @@ def model_config(args, **override):
 
 def pick_device(name="auto"):
     """cuda, then mps, then cpu; a name that is not there is an error, not a silent CPU run."""
-    have = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return next(d for d in have if have[d])
-    if not have.get(name.split(":")[0]):
-        raise ValueError(f"--device {name} is not available here: "
-                         f"this machine has {', '.join(d for d in have if have[d])}")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    have = [d for d in count if count[d]]
+    name = have[0] if name == "auto" else name
+    kind, _, index = name.partition(":")
+    if not (index or "0").isdecimal() or int(index or 0) >= count.get(kind, 0):
+        raise ValueError(f"--device {name} is not available here: this machine has {', '.join(have)}")
     return name
 
 
@@ -1884,23 +1819,26 @@ def pyplot():
 
 # --- 14. demo -----------------------------------------------------------------------------------------------
 
+SMALL = 2e7                                                # parameters: built here within a second
+
+
 def demo_formulas(names, contexts=(1024, 16384, 131072)):
     """Published shapes by the formulas alone: nothing of this size is built."""
     rows = []
     for name in names:
         c = ModelConfig(**PRESETS[name])
-        n, flops = num_params(c), flops_per_token(c, 1024)
-        scores = [flops_per_token(c, S)["scores"] / sum(flops_per_token(c, S).values()) for S in contexts]
-        rows.append([name, f"{n:,}", f"{sum(flops.values()) / 1e9:.2f}",
-                     f"{flops['ffn'] / sum(flops.values()):.1%}", *(f"{s:.1%}" for s in scores),
-                     f"{kv_bytes_per_token(c) / 1e3:.0f} kB", f"{16 * n / 1e9:.1f} GB"])
+        flops = [flops_per_token(c, S) for S in contexts]
+        total = [sum(f.values()) for f in flops]
+        rows.append([name, f"{num_params(c):,}", f"{total[0] / 1e9:.2f}", f"{flops[0]['ffn'] / total[0]:.1%}",
+                     *(f"{f['scores'] / t:.1%}" for f, t in zip(flops, total)),
+                     f"{kv_bytes_per_token(c) / 1e3:.0f} kB", f"{16 * num_params(c) / 1e9:.1f} GB"])
     table("By the formulas (forward; FFN share at 1k; KV cache in bf16; "
           "training = 16 bytes a parameter with fp32 AdamW)",
           ["model", "parameters", "GFLOPs/token", "FFN", "scores 1k", "16k", "128k", "KV/token", "training"],
           rows)
 
 
-def demo_counted(c, batch_size=4):
+def demo_counted(c, batch_size):
     """The same formulas against what this model really does, one training step of it."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -1916,7 +1854,7 @@ def demo_counted(c, batch_size=4):
         again.backward()
     adam = torch.optim.AdamW(model.parameters())
     adam.step()
-    states = sum(t.nbytes for s in adam.state.values() for name, t in s.items() if name != "step")
+    moments = sum(t.nbytes for s in adam.state.values() for name, t in s.items() if name != "step")
     cache = model.make_cache()
     with torch.no_grad():
         model(x[:1], cache=cache)
@@ -1926,21 +1864,24 @@ def demo_counted(c, batch_size=4):
             ("backward FLOPs a token", 2 * per_token, backward.get_total_flops() / tokens),
             (f"bytes kept for backward, batch {batch_size} x {T}",
              sum(activation_bytes(c, batch_size).values()), sum(kept.values())),
-            ("AdamW state bytes", optimizer_bytes(c), states),
+            ("AdamW state bytes (two fp32 numbers a parameter)", 8 * num_params(c), moments),
             (f"bytes kept to decode after {T} tokens, fp32", state_bytes(c, T, 4), cache.nbytes()),
             ("first loss (ln V with init zero)", math.log(c.vocab_size), loss.item())]
     show = lambda v: f"{v:,.4f}" if v < 100 else f"{v:,.0f}"
     shape = ", ".join(f"{k} {v}" for k, v in asdict(c).items() if v and k.startswith(("d_", "num_")))
     table(f"This model ({shape}; {c.norm}, {c.position}, {c.ffn})",
           ["quantity", "predicted", "counted", "ratio"],
-          [[n, show(p), show(m), f"{m / p:.4f}"] for n, p, m in rows])
+          [[n, show(p), show(m), f"{m / p:.4f}" if p else "n/a"] for n, p, m in rows])
 
 
 def variants(c):
     """[(label, ModelConfig)]: the architectures of this file in the shape of c."""
-    c = replace(c, mixer="attention", layers="", window=0, attn_softcap=0.0, num_experts=0, mtp=0)
+    c = replace(c, mixer="attention", layers="", window=0, attn_softcap=0.0, num_experts=0, mtp=0,
+                experts_per_token=2, shared_experts=0, balance_devices=1)
+    N = c.num_heads
+    fifth = max(K for K in range(1, N + 1) if N % K == 0 and K <= max(1, N / 5))
     changes = [("multi-head attention", dict(num_kv_heads=0)),
-               ("grouped-query, a fifth of the keys", dict(num_kv_heads=max(1, c.num_heads // 5))),
+               (f"grouped-query, {fifth} of {N} key heads", dict(num_kv_heads=fifth)),
                ("multi-query, one key head", dict(num_kv_heads=1)),
                ("3 local layers, 1 global", dict(layers="LLLG", window=math.ceil(c.context_length / 4))),
                ("keys shared by 2 layers", dict(layers="GC")),
@@ -1955,8 +1896,10 @@ def variants(c):
     return [(label, replace(c, **change)) for label, change in changes]
 
 
-def demo_variants(title, base, build):
-    """One row a variant, by the formulas; with build also how far decoding with a cache is from one pass."""
+def demo_variants(title, base):
+    """One row a variant, by the formulas; of a small model also how far cached decoding is from one pass."""
+    build = num_params(base) < SMALL
+
     def short(n):
         power = max(0, min(4, math.floor(math.log10(max(1, n)) / 3)))
         return f"{n / 1000**power:.3g} {' kMGT'[power]}".rstrip()
@@ -1976,8 +1919,9 @@ def cache_error(c, prompt=40, steps=8):
     model = Transformer(replace(c, init="glorot")).eval()
     ids = torch.randint(0, c.vocab_size, (1, min(c.context_length, prompt + steps)))
     cache = model.make_cache()
-    parts = ids.split([ids.shape[1] - steps] + [1] * steps, 1) if ids.shape[1] > steps else ids.split(1, 1)
-    return (torch.cat([model(part, cache=cache) for part in parts], 1) - model(ids)).abs().max().item()
+    parts = [ids[:, :prompt], *ids[:, prompt:].split(1, 1)]
+    cached = torch.cat([model(part, cache=cache) for part in parts if part.numel()], 1)
+    return (cached - model(ids)).abs().max().item()
 
 
 def demo_recall(pairs=(4, 16, 64), steps=100, batch_size=32):
@@ -1991,8 +1935,7 @@ def demo_recall(pairs=(4, 16, 64), steps=100, batch_size=32):
             c = ModelConfig(d_model=64, num_heads=4, position="none", mixer=name)
             mixer, norm, head = MIXERS[name](c), RMSNorm(64), Linear(64, symbols)
             key, value = Embedding(symbols, 64), Embedding(symbols, 64)
-            net = nn.ModuleList([mixer, norm, head, key, value])
-            adam = torch.optim.AdamW(net.parameters(), 0.01)
+            adam = torch.optim.AdamW(nn.ModuleList([mixer, norm, head, key, value]).parameters(), 0.01)
             for _ in range(steps):
                 k = torch.rand(batch_size, symbols).argsort(1)[:, :P]        # no key twice
                 v, asked = torch.randint(symbols, (batch_size, P)), torch.rand(batch_size, P).argsort(1)
@@ -2010,7 +1953,8 @@ def demo_recall(pairs=(4, 16, 64), steps=100, batch_size=32):
 def demo_reach(c, layers=4):
     """How far back the last output depends on the input, through stacked local layers."""
     window = max(2, c.context_length // (2 * layers))
-    model = Transformer(replace(c, num_layers=layers, layers="L", window=window, init="glorot"))
+    local = dict(num_layers=layers, layers="L", window=window, num_experts=0, init="glorot")
+    model = Transformer(replace(c, **local))
     ids, seen = torch.randint(0, c.vocab_size, (1, c.context_length)), []
     model.embedding.register_forward_hook(lambda module, args, out: seen.append(out) or out.retain_grad())
     model(ids)[0, -1].square().sum().backward()
@@ -2035,11 +1979,11 @@ def demo_sorted(tokens=1024, repeats=5):
           ["experts", "loop, ms", "sorted, ms", "ratio"], rows)
 
 
-def demo_experts(path, steps=120, experts=8):
-    """Where tokens go as training proceeds, with and without balancing: next bytes of this very file."""
-    with open(__file__, "rb") as f:
+def demo_experts(steps=120, experts=8, T=64):
+    """Where tokens go as training proceeds, with and without balancing -> {balance: a load (E,) a step}."""
+    with open(argparse.__file__, "rb") as f:                                 # a text that every Python has
         text = torch.tensor(list(f.read()))
-    loads, rows, T = {}, [], 64
+    loads, rows = {}, []
     for balance in ("none", "loss", "bias"):
         torch.manual_seed(0)
         model = Transformer(ModelConfig(vocab_size=256, context_length=T, d_model=64, num_layers=2,
@@ -2054,69 +1998,56 @@ def demo_experts(path, steps=120, experts=8):
             adam.step()
             model.balance_experts(speed=0.01)
             loads[balance].append(moe.load)
-        last = torch.stack(loads[balance][-20:]).mean(0)
-        rows.append([balance, f"{last.max():.0%}", f"{last.min():.1%}", f"{(last < 0.2 / experts).sum()}",
-                     f"{ce:.2f}"])
+        last = torch.stack(loads[balance][-20:])
+        mean, beyond = last.mean(0), (last - 1 / experts).clamp(min=0).sum(1).mean()     # a fair share
+        rows.append([balance, f"{mean.max():.0%}", f"{mean.min():.1%}", f"{(mean < 0.2 / experts).sum()}",
+                     f"{beyond:.0%}", f"{ce:.2f}"])
     table(f"One expert a token, {steps} steps: shares of the tokens (mean of the last 20 steps)",
-          [f"balance of {experts} experts", "busiest", "idlest", "nearly idle experts", "last loss"], rows)
+          [f"balance of {experts} experts", "busiest", "idlest", "nearly idle", "dropped at capacity 1",
+           "last loss"], rows)
+    return loads
+
+
+def plot_shares(path, loads):
+    """Where GPT-2 XL's FLOPs go as its context grows; where tokens go as experts learn."""
     plt = pyplot()
     if plt is None:
         return
-    fig, axes = plt.subplots(1, len(loads), figsize=(11, 3.5), sharey=True)
-    for ax, (balance, load) in zip(axes, loads.items()):
-        ax.stackplot(range(steps), torch.stack(load).t().numpy())
-        ax.set(title=f"balance: {balance}", xlabel="step", xlim=(0, steps - 1), ylim=(0, 1))
-    axes[0].set_ylabel(f"share of the tokens, {experts} experts")
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    print(f"\nsaved {path}")
-
-
-def plot_shares(path, names):
-    """Where the FLOPs go as models grow, and as contexts grow: the lecture's first picture."""
-    plt = pyplot()
-    if plt is None:
-        return
-    configs = [ModelConfig(**PRESETS[n]) for n in names]
     xl, contexts = ModelConfig(**PRESETS["gpt2-xl"]), [2**i for i in range(10, 18)]
-    panels = [("as the model grows (1,024 tokens)", names, [flops_per_token(c, 1024) for c in configs]),
-              ("GPT-2 XL as the context grows", [f"{S // 1024}k" for S in contexts],
-               [flops_per_token(xl, S) for S in contexts])]
-    fig, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
-    for ax, (title, labels, flops) in zip(axes, panels):
-        bottom = [0.0] * len(flops)
-        for part, label in (("ffn", "feed-forward"), ("attention", "attention projections"),
-                            ("scores", "attention scores"), ("head", "output matrix")):
-            share = [f[part] / sum(f.values()) for f in flops]
-            ax.bar(labels, share, bottom=bottom, label=label, width=0.8)
-            bottom = [b + s for b, s in zip(bottom, share)]
-        ax.set_title(title)
-        ax.tick_params(axis="x", rotation=30)
-    axes[0].set_ylabel("share of forward FLOPs")
-    axes[1].legend(loc="lower left", fontsize=8)
+    flops = [flops_per_token(xl, S) for S in contexts]
+    fig, axes = plt.subplots(1, 1 + len(loads), figsize=(14, 3.5), sharey=True)
+    shares = [[f[part] / sum(f.values()) for f in flops] for part in flops[0]]
+    axes[0].stackplot(contexts, shares, labels=flops[0])
+    axes[0].set(title="GPT-2 XL: shares of the FLOPs", xlabel="context, tokens", xscale="log", ylim=(0, 1))
+    axes[0].legend(loc="lower left", fontsize=8)
+    for ax, (balance, load) in zip(axes[1:], loads.items()):
+        ax.stackplot(range(len(load)), torch.stack(load).t().numpy())
+        ax.set(title=f"tokens by expert, balance: {balance}", xlabel="step")
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     print(f"\nsaved {path}")
 
 
 def demo(c, out):
-    names = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama2-7b", "llama2-13b"]
-    demo_formulas(names)
-    if num_params(c) < 5e8:
-        demo_counted(c)
+    os.makedirs(out, exist_ok=True)                        # if this fails, then before the work
+    demo_formulas(["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "llama2-7b", "llama2-13b"])
+    small = num_params(c) < SMALL
+    batch_size = 4 if small else 1
+    # AdamW, what backward needs, and the scores (T,T): the counter's attention writes them, and a gradient.
+    memory = (16 * num_params(c) + sum(activation_bytes(c, batch_size).values())
+              + 8 * batch_size * c.num_layers * c.num_heads * c.context_length**2)
+    if memory < 6e9:
+        demo_counted(c, batch_size)
     else:
-        print(f"\n{num_params(c):,} parameters: too large to build here, so the formulas stand alone")
-    small = num_params(c) < 2e7
-    os.makedirs(out, exist_ok=True)
-    plot_shares(os.path.join(out, "model.png"), names)
+        print(f"\na step of this model takes {memory / 1e9:,.0f} GB here: the formulas stand alone")
     demo_variants("Llama-2-13B's shape with other insides (state: bytes to decode 1k and 128k tokens, bf16)",
-                  ModelConfig(**PRESETS["llama2-13b"]), build=False)
-    demo_variants("This model with other insides", c, build=small)
-    if small:
+                  ModelConfig(**PRESETS["llama2-13b"]))
+    demo_variants("This model with other insides", c)
+    if small and memory < 6e9:
         demo_reach(c)
     demo_recall()
     demo_sorted()
-    demo_experts(os.path.join(out, "experts.png"))
+    plot_shares(os.path.join(out, "model.png"), demo_experts())
 
 
 def parse_args(argv=None):
@@ -2132,7 +2063,7 @@ def parse_args(argv=None):
             parser.add_argument("--out", default="out", help="folder for checkpoint.pt and tokenizer.json")
         return parser.parse_args(argv)
     add_model_flags(parser)
-    parser.add_argument("--out", default="out", help="folder for the pictures")
+    parser.add_argument("--out", default="out", help="folder for the picture")
     args = parser.parse_args(argv)
     try:
         args.command, args.config = None, model_config(args)

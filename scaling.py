@@ -44,6 +44,7 @@ References  Kaplan et al. 2020 (power laws), McCandlish et al. 2018 (critical ba
             Chinchilla), Yang et al. 2022 (muP), Schaeffer et al. 2023 (emergence), Golub & Pereyra 1973
             (variable projection), Huber 1964.
 """
+import contextlib
 import csv
 import json
 import math
@@ -86,7 +87,9 @@ class Law:
 
     def optimum(self, C):
         """C FLOPs -> (N*, D*) of least loss. Put D = C/6N into L and set dL/dN = 0:
-        alpha A / N^alpha = beta B / D^beta: both terms fall at the same rate."""
+        alpha A / N^alpha = beta B / D^beta: both terms fall at the same rate. NaN if one of them rises."""
+        if min(self.alpha, self.beta) <= 0:
+            return math.nan, math.nan
         G = (self.alpha * self.A / (self.beta * self.B)) ** (1 / (self.alpha + self.beta))
         N = G * (C / 6) ** self.exponent
         return N, C / 6 / N
@@ -123,8 +126,7 @@ def read_runs(path):
 
 def read_run(row, where):
     try:
-        run = {name: float(next(row[k] for k in keys if k in row)) if any(k in row for k in keys) else None
-               for name, keys in COLUMNS.items()}
+        run = {name: next((float(row[k]) for k in keys if k in row), None) for name, keys in COLUMNS.items()}
     except (TypeError, ValueError):
         raise ValueError(f"{where} is {str(row)[:100]}: give numbers for parameters, compute_budget (or "
                          f"tokens) and final_loss") from None
@@ -185,25 +187,27 @@ def isoflop_minima(runs, how="parabola"):
     minima = []
     for C, group in by_budget(runs):
         N, _, _, L = columns(group)
-        best, note = int(L.argmin()), ""
-        if best in (int(N.argmin()), int(N.argmax())):
+        size, loss, note = N[L.argmin()], L.min(), ""
+        if size in (N.min(), N.max()):
             note = "the best run is at the edge of its sizes: add smaller or larger ones"
-        size, loss = N[best], L[best]
         if how == "parabola":
-            if len(set(N)) < 3:
-                size, loss, note = math.nan, math.nan, f"{len(set(N))} sizes are too few for a parabola"
-            else:
-                x = np.log(N)
-                p = np.polynomial.Polynomial.fit(x, L, 2).convert()
-                top = p.coef[2] <= 0                       # opens downward: its vertex is the worst size
-                vertex = math.nan if top else -p.coef[1] / (2 * p.coef[2])
-                if top or not x.min() <= vertex <= x.max():
-                    size, loss = math.nan, math.nan
-                    note = "no minimum within its sizes: add smaller or larger ones"
-                else:
-                    size, loss = math.exp(vertex), float(p(vertex))
+            size, loss, wrong = parabola_minimum(np.log(N), L)
+            note = wrong or note
         minima.append({"C": C, "N": float(size), "L": float(loss), "note": note})
     return minima
+
+
+def parabola_minimum(x, y):
+    """Least squares y = a x^2 + b x + c -> (exp of its vertex, y there, what is wrong with it or "")."""
+    if len(set(x)) < 3:
+        return math.nan, math.nan, f"{len(set(x))} sizes are too few for a parabola"
+    centre = x.mean()
+    a, b, c = np.polyfit(x - centre, y, 2)
+    flat = a * np.ptp(x)**2 <= 1e-9 * np.abs(y).max()      # or downward: then its vertex is the worst size
+    vertex = math.nan if flat else centre - b / (2 * a)
+    if not x.min() <= vertex <= x.max():                   # NaN, too
+        return math.nan, math.nan, "no minimum within its sizes: add smaller or larger ones"
+    return math.exp(vertex), c - b * b / (4 * a), ""
 
 
 def curve_minima(curves, budgets):
@@ -234,6 +238,13 @@ def power_law(x, y):
                          f"2 or more budgets with a minimum")
     a, b = np.polyfit(x[ok], y[ok], 1)
     return float(np.exp(b)), float(a)
+
+
+def extrapolate_minima(runs, C, how="parabola"):
+    """N*(C) by a power law through the budgets' minima. ValueError: fewer than two have one."""
+    minima = isoflop_minima(runs, how)
+    k, a = power_law([m["C"] for m in minima], [m["N"] for m in minima])
+    return k * C**a
 
 
 # --- 4. fitting the law itself ------------------------------------------------------------------------------
@@ -354,6 +365,9 @@ def fit_chinchilla(N, D, L, delta=None, starts=()):
         delta = max(1e-3, 2 * float(noise))
     theta, cost = refine(first, x, y, np.log(L), delta)
     best = int(cost.argmin())
+    if min(theta[best, 3:]) <= 0:
+        raise ValueError(f"the best fit has alpha {theta[best, 3]:.3g}, beta {theta[best, 4]:.3g}: a loss "
+                         f"that rises is no law; add runs on both sides of each budget's best size")
     residuals = predict(theta[best:best + 1], x, y)[0][0] - np.log(L)
     return Fit(as_law(theta[best], centre), theta[best], centre, residuals, float(cost[best]), delta)
 
@@ -372,30 +386,39 @@ def bootstrap(fit, N, D, replicas=200, seed=0):
     return [as_law(t, fit.centre) for t in theta]
 
 
+def fit_runs(runs):
+    """-> (Fit, its bootstrapped Laws)"""
+    N, _, D, L = columns(runs)
+    fit = fit_chinchilla(N, D, L)
+    return fit, bootstrap(fit, N, D)
+
+
 def interval(values, level=0.9):
-    """The middle `level` of the values: (low, high)."""
-    low, high = np.nanquantile(np.asarray(values, float), [(1 - level) / 2, (1 + level) / 2])
+    """The middle `level` of the values that are numbers: (low, high)."""
+    numbers = [float(v) for v in values if not math.isnan(v)] or [math.nan]
+    low, high = np.quantile(numbers, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
+def band(values, form=".3g"):
+    """The 90% interval as text."""
+    low, high = interval(values)
+    return f"{low:{form}} to {high:{form}}"
+
+
 def bootstrap_minima(runs, C, replicas=200, seed=0):
-    """90% interval of N*(C) by parabolas and a power law, residuals redrawn within each budget."""
+    """N*(C) by parabolas and a power law, residuals redrawn within each budget: many values, or a NaN."""
     rng, sizes, groups = np.random.default_rng(seed), [], by_budget(runs)
     for _ in range(replicas):
         drawn = []
         for _, group in groups:
             N, _, _, L = columns(group)
             p = np.polynomial.Polynomial.fit(np.log(N), L, min(2, len(N) - 1))
-            noise = L - p(np.log(N))
-            noise = noise * math.sqrt(len(N) / max(1, len(N) - 3))
+            noise = (L - p(np.log(N))) * math.sqrt(len(N) / max(1, len(N) - 3))
             drawn += [{**r, "L": float(v)} for r, v in zip(group, p(np.log(N)) + rng.choice(noise, len(N)))]
-        try:
-            minima = isoflop_minima(drawn)
-            k, a = power_law([m["C"] for m in minima], [m["N"] for m in minima])
-            sizes.append(k * C**a)
-        except ValueError:
-            continue                                       # too few budgets had a minimum this time
-    return interval(sizes) if len(sizes) > replicas // 2 else (math.nan, math.nan)
+        with contextlib.suppress(ValueError):              # too few budgets had a minimum this time
+            sizes.append(extrapolate_minima(drawn, C))
+    return sizes if len(sizes) > replicas // 2 else [math.nan]
 
 
 def non_embedding_exponent(law, sizes=(0.79e6, 1.58e9)):
@@ -430,11 +453,10 @@ class TrainingAPI:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             for line in self.path.read_text("utf-8").splitlines():
-                try:
+                with contextlib.suppress(ValueError):      # a line cut by a crash: the one before it holds
                     job = json.loads(line)
-                    self.jobs[job["id"]] = job             # the last line about a job holds
-                except (ValueError, KeyError, TypeError):
-                    continue                               # a line cut by a crash: the one before it holds
+                    if isinstance(job, dict) and {"id", "config", "state", "cost", "reserve"} <= job.keys():
+                        self.jobs[job["id"]] = job         # the last line about a job holds
             if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
                 with open(self.path, "a") as f:
                     f.write("\n")
@@ -468,7 +490,7 @@ class TrainingAPI:
         if not 0 < reserve <= left:
             raise ValueError(f"a reservation of {reserve:.3g} is not within the {left:.3g} left of "
                              f"{self.total:.3g}: submit a smaller run")
-        job = {"id": len(self.jobs) + 1, "config": config, "reserve": float(reserve), "cost": 0.0}
+        job = {"id": max(self.jobs, default=0) + 1, "config": config, "reserve": float(reserve), "cost": 0.0}
         self._record(job, state="queued")
         self._record(job, state="running")
         try:
@@ -722,8 +744,11 @@ def show_noise(args):
 
 @torch.no_grad()
 def exact_match(net, val, length=8, windows=3000):
-    """(share of next bytes guessed right, share of windows with `length` of them in a row right)."""
+    """(share of next bytes guessed right, share of windows with `length` of them in a row right). Runs
+    of one byte (indentation, rules) do not count: they are easy for any model."""
     starts = torch.linspace(0, len(val) - 9 - length, windows).long()
+    guessed = starts[:, None] + torch.arange(TinyLM.CONTEXT, TinyLM.CONTEXT + length - 1)
+    starts = starts[(val[guessed] != val[guessed + 1]).all(1)]
     right = torch.stack([net(x).argmax(-1) == y for x, y in
                          (tiny_batch(val, starts + i) for i in range(length))])            # (length,windows)
     return right.float().mean().item(), right.all(0).float().mean().item()
@@ -732,13 +757,17 @@ def exact_match(net, val, length=8, windows=3000):
 # --- 10. the study ------------------------------------------------------------------------------------------
 
 def shape(d):
-    """A family of one proportion: layers and heads follow the width, so that size is one number."""
-    heads = max(n for n in range(1, max(1, d // 32) + 1) if d % n == 0 and (d // n) % 2 == 0)
-    return {"d_model": d, "num_layers": max(2, round(d / 32)), "num_heads": heads}
+    """A family of one proportion, so that size is one number: heads of about 16, a feed-forward layer of
+    8/3 d, a layer for every 40 of width. ModelConfig rounds d_ff to 64, at these widths to 2 d or to 4 d:
+    losses then scatter by 1% around any law, ten times the noise of the seeds."""
+    return {"d_model": d, "num_layers": max(2, round(d / 40)), "num_heads": max(1, d // 16),
+            "d_ff": 8 * round(d / 3)}
 
 
 STUDY = {"context_length": 128, "qk_norm": True}           # every model of the study
-WIDTHS = [16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384]
+WIDTHS = [16, 24, 32, 40, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384]
+BATCH = 4 * 128                                            # tokens a step
+MIN_STEPS = 200                                            # runs shorter than this follow no law of N and D
 
 
 def study_config(config, vocab_size=512):
@@ -753,9 +782,9 @@ def cost_parameters(d):
 
 
 def choose_widths(C, centre, count):
-    """`count` neighbours of the family around the size `centre`, each with enough data for 50 steps."""
-    order = sorted(WIDTHS, key=lambda d: abs(math.log(cost_parameters(d) / centre)))
-    return sorted(d for d in order[:count] if C / 6 / cost_parameters(d) > 50 * 8 * 128)
+    """The `count` members of the family nearest to the size `centre` that get MIN_STEPS steps for C FLOPs."""
+    sizes = {d: cost_parameters(d) for d in WIDTHS if C / 6 / cost_parameters(d) > MIN_STEPS * BATCH}
+    return sorted(sorted(sizes, key=lambda d: abs(math.log(sizes[d] / centre)))[:count])
 
 
 def study(args):
@@ -764,7 +793,7 @@ def study(args):
     out = Path(args.out)
     bpe.prepare(out, args.data, vocab_size=512)
     available = bpe.token_info(out / "train.bin")["tokens"]
-    flags = ["--batch_size", 8, "--val_tokens", 200_000, "--sample_tokens", 1, "--seed", args.seed,
+    flags = ["--batch_size", 4, "--val_tokens", 200_000, "--sample_tokens", 1, "--seed", args.seed,
              *(w for k, v in STUDY.items() for w in ([f"--{k}"] if v is True else [f"--{k}", v]))]
     run = train_backend(out, out / "runs", flags)
     largest, api = plan_study(args, run, out)
@@ -781,23 +810,30 @@ def study(args):
             else:
                 result = f"{job['state']}: {job['error']}"
             print(f"  C {C:.2e}  width {d:>3}  {result}", flush=True)
+        if not runs:
+            raise ValueError(f"no run of {C:.2e} FLOPs was completed: see above, or give more --minutes")
         minima = [m["N"] for m in isoflop_minima(runs) if m["N"] > 0]
         centre = (minima[-1] if minima else min(runs, key=lambda r: r["L"])["N"]) * math.sqrt(2)
     check_prediction(args, api, runs, 8 * largest, available)
 
 
 def plan_study(args, run, out):
-    """How much compute the minutes hold, from one short run -> (largest of the four budgets, api)."""
-    began, d = time.perf_counter(), 64
-    cost = run({**shape(d), "tokens": 200 * 8 * 128}, math.inf)["cost"]
-    start_up = 6.0                                         # seconds a process needs before its first step
+    """How much compute the minutes hold, from one short run -> (largest of the four budgets, api). A study
+    that was cut off goes on: its ledger's name holds what it depends on, and its largest budget."""
+    inputs = bpe.token_info(out / "train.bin")["inputs"]
+    name = f"ledger-{args.minutes:g}min-seed{args.seed}-{inputs[:8]}-"
+    for known in out.glob(f"{name}*.jsonl"):
+        largest = float(known.stem.removeprefix(name))
+        return largest, TrainingAPI(known, 20 * largest, run)
+    began, start_up = time.perf_counter(), 6.0             # seconds a process needs before its first step
+    cost = run({**shape(64), "tokens": 400 * BATCH}, math.inf)["cost"]
     speed = cost / max(0.5, time.perf_counter() - began - start_up)
     usable = 60 * args.minutes - 22 * start_up
     if usable < 60:
         raise ValueError(f"--minutes {args.minutes:g} is too short for 22 runs: give 5 or more")
     # six runs at 1/8, five each at 1/4, 1/2 and 1, one at 8: 17.5 times the largest of the four
     largest = float(f"{usable * speed / 17.5:.1e}")
-    return largest, TrainingAPI(out / f"ledger-{largest:.1e}.jsonl", 20 * largest, run)
+    return largest, TrainingAPI(out / f"{name}{largest:.1e}.jsonl", 20 * largest, run)
 
 
 def check_prediction(args, api, runs, C, available):
@@ -807,16 +843,14 @@ def check_prediction(args, api, runs, C, available):
         [{"parameters": r["N"], "tokens": r["D"], "compute_budget": r["C"], "final_loss": r["L"]}
          for r in runs]))
     runs, notes = clean(runs)
-    N, _, D, L = columns(runs)
-    fit = fit_chinchilla(N, D, L)
-    replicas = bootstrap(fit, N, D)
+    fit, replicas = fit_runs(runs)
     show_fit(runs, notes, fit, replicas, [C])
     d = min(WIDTHS, key=lambda w: abs(math.log(cost_parameters(w) / fit.law.optimum(C)[0])))
     size = cost_parameters(d)
     tokens = int(C / 6 / size)
-    predicted, low, high = fit.law.loss(size, tokens), *interval([law.loss(size, tokens) for law in replicas])
+    predicted, around = fit.law.loss(size, tokens), band([law.loss(size, tokens) for law in replicas], ".4f")
     print(f"\nThe large run: width {d}, N {size:,.0f}, D {tokens:,} ({tokens / available:.1f} epochs); "
-          f"predicted loss {predicted:.4f}, 90% {low:.4f} to {high:.4f}. Training it ...", flush=True)
+          f"predicted loss {predicted:.4f}, 90% {around}. Training it ...", flush=True)
     job = api.submit({**shape(d), "tokens": tokens}, 1.02 * C)
     if job["state"] != "completed":
         raise ValueError(f"the large run failed: {job['error']}")
@@ -831,24 +865,27 @@ PEAK = {"a100": 312e12, "h100": 989e12, "h200": 989e12, "b200": 2250e12}   # bf1
 
 
 def plan(args):
-    law, replicas = LAWS[args.law], []
+    name = args.law or "besiroglu"
+    law, replicas = LAWS[name], []
+    if args.runs and args.law:
+        raise ValueError("--law takes published constants, --runs fits new ones: give one of them")
     if args.runs:
         runs, notes = clean(read_runs(args.runs))
-        N, _, D, L = columns(runs)
-        fit = fit_chinchilla(N, D, L)
-        law, replicas = fit.law, bootstrap(fit, N, D)
+        fit, replicas = fit_runs(runs)
+        law = fit.law
         for note in notes:
             print(f"note: {note}")
         reach = args.flops / max(r["C"] for r in runs)
         if reach > 100:
             print(f"note: {reach:,.0f} times beyond the largest run: the interval knows noise, not whether "
                   f"the law bends")
+    if not args.gpu and (args.count, args.mfu, args.price) != (8, 0.4, 2.5):
+        print("note: hours and cost need --gpu, too")
     N, D = law.optimum(args.flops)
-    source = f"{args.runs} ({len(runs)} runs)" if args.runs else f"the published constants of {args.law}"
+    source = f"{args.runs} ({len(runs)} runs)" if args.runs else f"the published constants of {name}"
 
-    def row(name, value, values, unit=""):
-        band = "{:.3g} to {:.3g}".format(*interval(values)) if replicas else "no runs, so none"
-        return [name, f"{value:.4g}{unit}", band]
+    def row(name, value, values):
+        return [name, f"{value:.4g}", band(values) if replicas else "no runs, so none"]
     optima = [other.optimum(args.flops) for other in replicas]
     rows = [row("parameters", N, [n for n, _ in optima]), row("tokens", D, [d for _, d in optima]),
             row("tokens a parameter", D / N, [d / n for n, d in optima]),
@@ -866,10 +903,9 @@ def show_fit(runs, notes, fit, replicas, budgets):
         print(f"note: {note}")
     names = ("E", "A", "alpha", "B", "beta")
     values = [astuple(law) for law in replicas]
-    rows = [[n, f"{v:.4g}", "{:.3g} to {:.3g}".format(*interval([x[i] for x in values]))]
+    rows = [[n, f"{v:.4g}", band([x[i] for x in values])]
             for i, (n, v) in enumerate(zip(names, astuple(fit.law)))]
-    rows.append(["a, N* ~ C^a", f"{fit.law.exponent:.3f}",
-                 "{:.3f} to {:.3f}".format(*interval([law.exponent for law in replicas]))])
+    rows.append(["a, N* ~ C^a", f"{fit.law.exponent:.3f}", band([law.exponent for law in replicas], ".3f")])
     M.table(f"L = E + A/N^alpha + B/D^beta, {len(runs)} runs, residual "
             f"{float(np.sqrt(np.mean(fit.residuals**2))):.2%} of the loss", ["", "fit", "90% interval"], rows)
     rows = []
@@ -877,9 +913,8 @@ def show_fit(runs, notes, fit, replicas, budgets):
         N, D = fit.law.optimum(C)
         optima = [law.optimum(C) for law in replicas]
         losses = [law.loss(*o) for law, o in zip(replicas, optima)]
-        rows.append([f"{C:.2e}", "the law", f"{N:.3e}",
-                     "{:.2e} to {:.2e}".format(*interval([n for n, _ in optima])), f"{D:.3e}", f"{D / N:.1f}",
-                     f"{fit.law.loss(N, D):.4f}", "{:.3f} to {:.3f}".format(*interval(losses))])
+        rows.append([f"{C:.2e}", "the law", f"{N:.3e}", band([n for n, _ in optima], ".2e"), f"{D:.3e}",
+                     f"{D / N:.1f}", f"{fit.law.loss(N, D):.4f}", band(losses, ".3f")])
         for how in ("parabola", "argmin"):
             rows.append([f"{C:.2e}", how, *minima_row(runs, C, how), "", ""])
     M.table("Compute-optimal (90% intervals; trust the law first, argmin last)",
@@ -890,14 +925,12 @@ def show_fit(runs, notes, fit, replicas, budgets):
 
 
 def minima_row(runs, C, how):
-    minima = isoflop_minima(runs, how)
     try:
-        k, a = power_law([m["C"] for m in minima], [m["N"] for m in minima])
+        N = extrapolate_minima(runs, C, how)
     except ValueError as e:
         return ["-", str(e).split(":")[0], "-", "-"]
-    N = k * C**a
-    band = "{:.2e} to {:.2e}".format(*bootstrap_minima(runs, C)) if how == "parabola" else ""
-    return [f"{N:.3e}", band, f"{C / 6 / N:.3e}", f"{C / 6 / N / N:.1f}"]
+    around = band(bootstrap_minima(runs, C), ".2e") if how == "parabola" else ""
+    return [f"{N:.3e}", around, f"{C / 6 / N:.3e}", f"{C / 6 / N / N:.1f}"]
 
 
 def plot_runs(path, runs, fit, replicas, target=None):
@@ -950,15 +983,11 @@ def demo_planted(law=LAWS["hoffmann"], C=5.76e23):
     true, rows = law.optimum(C)[0], []
     for noise in (0.0, 0.002, 0.01):
         runs = planted_runs(law, np.geomspace(6e18, 3e21, 9), noise=noise)
-        N, _, D, L = columns(runs)
-        row = [f"{noise:.1%}"]
-        for how in ("argmin", "parabola"):
-            minima = isoflop_minima(runs, how)
-            k, a = power_law([m["C"] for m in minima], [m["N"] for m in minima])
-            row += [f"{k * C**a / true - 1:+.1%}"]
-        fit = fit_chinchilla(N, D, L)
-        low, high = interval([other.optimum(C)[0] / true - 1 for other in bootstrap(fit, N, D)])
-        rows.append([*row, f"{fit.law.optimum(C)[0] / true - 1:+.2%}", f"{low:+.1%} to {high:+.1%}",
+        found = [extrapolate_minima(runs, C, how) for how in ("argmin", "parabola")]
+        fit, replicas = fit_runs(runs)
+        rows.append([f"{noise:.1%}", *(f"{N / true - 1:+.1%}" for N in found),
+                     f"{fit.law.optimum(C)[0] / true - 1:+.2%}",
+                     band([other.optimum(C)[0] / true - 1 for other in replicas], "+.1%"),
                      f"{fit.law.exponent:.4f}", f"{fit.law.E:.3f}", f"{fit.law.A:.0f}", f"{fit.law.B:.0f}"])
     rows.append(["truth", "", "", "", "", f"{law.exponent:.4f}", f"{law.E:.3f}", f"{law.A:.0f}",
                  f"{law.B:.0f}"])
@@ -989,31 +1018,28 @@ def demo_real(out):
     """Three small budgets for real, then a prediction three times beyond, trained to see."""
     text, began = tiny_text(), time.perf_counter()
     runs = tiny_isoflop(BUDGETS, TINY_WIDTHS, text)
-    N, _, D, L = columns(runs)
-    fit = fit_chinchilla(N, D, L)
-    replicas = bootstrap(fit, N, D)
+    fit, replicas = fit_runs(runs)
     rows = []
     for (C, group), minimum in zip(by_budget(runs), isoflop_minima(runs)):
         rows.append([f"{C:.0e}", " ".join(f"{r['L']:.2f}" for r in group), f"{minimum['N']:,.0f}",
                      f"{fit.law.optimum(C)[0]:,.0f}", f"{minimum['L']:.3f}"])
-    M.table(f"3. Real runs (a byte model of {N.min():,.0f} to {N.max():,.0f} parameters on the standard "
+    sizes = [r["N"] for r in runs]
+    M.table(f"3. Real runs (a byte model of {min(sizes):,} to {max(sizes):,} parameters on the standard "
             f"library, {2 * len(runs)} runs, two seeds each, {time.perf_counter() - began:.0f} s)",
             ["FLOPs", "loss by size, nats a byte", "N*, parabola", "N*, law", "loss there"], rows)
     C = 3e10
     width = min(range(8, 257, 4), key=lambda w: abs(math.log(tiny_params(w) / fit.law.optimum(C)[0])))
     size = tiny_params(width)
     tokens = int(C / 6 / size)
-    low, high = interval([law.loss(size, tokens) for law in replicas])
     actual, net, _ = tiny_run(width, tokens, text)
-    predicted = fit.law.loss(size, tokens)
-    print(f"   exponent a = {fit.law.exponent:.2f}, 90% "
-          "{:.2f} to {:.2f}".format(*interval([law.exponent for law in replicas])))
-    print(f"   {C:.0e} FLOPs, width {width}: predicted {predicted:.3f} (90% {low:.3f} to {high:.3f}) | "
+    predicted, around = fit.law.loss(size, tokens), band([law.loss(size, tokens) for law in replicas], ".3f")
+    print(f"   exponent a = {fit.law.exponent:.2f}, 90% {band([law.exponent for law in replicas], '.2f')}")
+    print(f"   {C:.0e} FLOPs, width {width}: predicted {predicted:.3f} (90% {around}) | "
           f"trained {actual:.3f} | {predicted / actual - 1:+.1%}")
     small = tiny_run(8, 30_000, text)[1]
     (p0, k0), (p1, k1) = (exact_match(n, text[1]) for n in (small, net))
-    print(f"   emergence? next byte right {p0:.0%} -> {p1:.0%}, eight in a row {k0:.1%} -> {k1:.1%}: a jump "
-          f"in the metric, where the loss is smooth")
+    print(f"   emergence? next byte right {p0:.0%} -> {p1:.0%}, eight in a row {k0:.1%} -> {k1:.1%}: none, "
+          f"then some, is a matter of the metric; the loss falls smoothly")
     plot_runs(Path(out, "scaling.png"), runs, fit, replicas, (C, size, actual))
 
 
@@ -1029,9 +1055,7 @@ def fit_file(args):
     runs, notes = clean(read_runs(args.file))
     if not runs:
         raise ValueError(f"{args.file}: no run with a finite loss is left")
-    N, _, D, L = columns(runs)
-    fit = fit_chinchilla(N, D, L)
-    replicas = bootstrap(fit, N, D)
+    fit, replicas = fit_runs(runs)
     show_fit(runs, notes, fit, replicas, args.flops)
     plot_runs(Path(args.out, "scaling.png"), runs, fit, replicas)
 
@@ -1061,7 +1085,15 @@ def positive(text):
     return value
 
 
-positive.__name__ = "positive number"                      # what argparse says of a value that is none
+def whole(text):
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+# What argparse says of a value that is none.
+positive.__name__, whole.__name__ = "positive number", "positive whole number"
 
 
 def parse_args(argv=None):
@@ -1081,9 +1113,9 @@ def parse_args(argv=None):
     add = command("plan", plan, "what a budget should buy")
     add("--flops", type=positive, required=True, help="training budget, FLOPs")
     add("--runs", metavar="FILE", help="fit these runs instead of taking a published law")
-    add("--law", choices=LAWS, default="besiroglu", help="published constants")
+    add("--law", choices=LAWS, help="published constants; besiroglu without --law and --runs")
     add("--gpu", choices=PEAK, help="to print hours and cost")
-    add("--count", type=int, default=8, help="GPUs")
+    add("--count", type=whole, default=8, help="GPUs")
     add("--mfu", type=positive, default=0.4, help="share of the peak that training reaches")
     add("--price", type=positive, default=2.5, help="dollars a GPU hour")
     add = command("study", study, "small runs of train.py, a prediction, and the large run that checks it")
@@ -1091,10 +1123,10 @@ def parse_args(argv=None):
     add("--data", nargs="+", metavar="PATH", help="text; without it the Python standard library")
     add("--seed", type=int, default=0, help="of weights and data order")
     add = command("mup", show_mup, "the best learning rate against width")
-    add("--widths", type=int, nargs="+", default=[64, 256, 1024], help="hidden widths")
-    add("--seeds", type=int, default=1, help="runs averaged in each cell")
+    add("--widths", type=whole, nargs="+", default=[64, 256, 1024], help="hidden widths")
+    add("--seeds", type=whole, default=1, help="runs averaged in each cell")
     add = command("noise", show_noise, "the critical batch size")
-    add("--batches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512], help="sizes, examples")
+    add("--batches", type=whole, nargs="+", default=[8, 16, 32, 64, 128, 256, 512], help="sizes, examples")
     add("--target", type=positive, default=2.5, help="training loss to reach, nats a byte")
     add = command("api", use_api, "submit a run to the simulated training API")
     add("--budget", type=positive, default=1e19, help="of all runs together, FLOPs")
@@ -1114,8 +1146,8 @@ def main(argv=None):
         print("scaling.py: error:", M.first_line(e), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nscaling.py: interrupted; the ledger keeps every finished run: the same command goes on",
-              file=sys.stderr)
+        kept = "; the ledger keeps every finished run: the same command goes on" if args.run is study else ""
+        print(f"\nscaling.py: interrupted{kept}", file=sys.stderr)
         return 130
     return 0
 

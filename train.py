@@ -576,9 +576,12 @@ class Run:
         seconds = time.perf_counter() - start
         self.elapsed += seconds
         tok_s, peak = s.batch_size * self.config.context_length / seconds, peak_flops(self.device, self.dtype)
-        return dict(step=self.step, tokens=self.tokens, seconds=round(self.elapsed, 3), loss=loss, lr=lr,
-                    gnorm=norm, step_ms=1000 * seconds, tok_s=tok_s,
-                    mfu=self.flops * tok_s / peak if peak else None)
+        fields = dict(step=self.step, tokens=self.tokens, seconds=round(self.elapsed, 3), loss=loss, lr=lr,
+                      gnorm=norm, step_ms=1000 * seconds, tok_s=tok_s,
+                      mfu=self.flops * tok_s / peak if peak else None)
+        if self.config.capacity_factor:                    # visits that found their expert full, worst layer
+            fields["dropped"] = max(float(m.dropped) for m in self.model.modules() if isinstance(m, M.MoE))
+        return fields
 
     def validate(self, max_tokens):
         """{val_loss: nats a token, val_bpb: bits a byte} on the first max_tokens held-out tokens."""
@@ -655,6 +658,8 @@ def log_line(f, done, run):
             f"{f['tok_s']:>9,.0f} tok/s | {mfu} | {done:4.0%}, {left // 60:.0f}:{left % 60:02.0f} left")
     if run.s.noise_scale:
         line += f" | noise scale {noise_scale(*run.noise, run.micro, run.s.batch_size):,.0f} seq"
+    if "dropped" in f:
+        line += f" | dropped {f['dropped']:.1%}"
     return line + (f" | SKIPPED, not finite ({run.bad_steps} in a row)" if run.bad_steps else "")
 
 
@@ -670,8 +675,7 @@ def trim_log(path, step, finished=False):
                     r = json.loads(line)
                     if r["step"] < step or r["step"] == step and not (finished and r["kind"] == "val"):
                         kept.append(line)
-    with open(path, "w") as f:
-        f.writelines(kept)
+    bpe.write_atomic(path, "".join(kept).encode())         # a kill here loses nothing
 
 
 # --- 7. the report ------------------------------------------------------------------------------------------
@@ -720,14 +724,29 @@ def report(s, result, tokenizer, train_tokens, val_tokens):
                      generator=torch.Generator().manual_seed(s.seed))
     print(f"\nSample (temperature 0.8, top_p 0.95) after the prompt {s.prompt!r}:\n\n"
           f"{s.prompt}{tokenizer.decode(ids)}\n")
-    print(f"saved {result['checkpoint']}, {result['log']}, {os.path.join(s.out, 'loss.png')}")
+    print(f"saved {result['checkpoint']}, {result['log']}")
+
+
+@contextlib.contextmanager
+def figure(path, **labels):
+    """Axes to draw on, or None without matplotlib; saved when the block ends."""
+    plt = M.pyplot()
+    if plt is None:
+        yield None
+        return
+    fig, ax = plt.subplots(figsize=(9, 5))
+    yield ax
+    ax.set(**labels)
+    if ax.get_legend_handles_labels()[1] and not ax.get_legend():
+        ax.legend(fontsize=8)
+    fig.tight_layout()
+    fig.savefig(path, dpi=120)
+    plt.close(fig)
+    print(f"saved {path}")
 
 
 def plot(path, log_path, run, others):
     """Bits per byte against tokens read: training text (smoothed), held-out text, compressors as lines."""
-    plt = M.pyplot()
-    if plt is None:
-        return
     with open(log_path) as f:
         records = [json.loads(line) for line in f]
     scale = run.first_val["val_bpb"] / run.first_val["val_loss"]  # nats a token -> bits a byte, on this text
@@ -736,18 +755,14 @@ def plot(path, log_path, run, others):
     smooth = [scale * statistics.fmean(r["loss"] for r in steps[max(0, i - width):i + 1])
               for i in range(len(steps))]
     val = [r for r in records if r["kind"] == "val"]
-    fig, ax = plt.subplots(figsize=(8, 4.5))
-    ax.plot([r["tokens"] / 1e6 for r in steps], smooth, lw=1, label="model, training text")
-    ax.plot([r["tokens"] / 1e6 for r in val], [r["val_bpb"] for r in val], "o-", ms=4,
-            label="model, held-out text")
-    for i, (name, bpb) in enumerate(others.items()):
-        ax.axhline(bpb, ls="--", lw=1, color=f"C{i + 2}", label=f"{name}: {bpb:.2f}")
-    ax.set(xlabel="million tokens read", ylabel="bits per byte",
-           ylim=(min([*others.values(), val[-1]["val_bpb"]]) - 0.2, 4))
-    ax.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    with figure(path, xlabel="million tokens read", ylabel="bits per byte",
+                ylim=(min([*others.values(), val[-1]["val_bpb"]]) - 0.2, 4)) as ax:
+        if ax:
+            ax.plot([r["tokens"] / 1e6 for r in steps], smooth, lw=1, label="model, training text")
+            ax.plot([r["tokens"] / 1e6 for r in val], [r["val_bpb"] for r in val], "o-", ms=4,
+                    label="model, held-out text")
+            for i, (name, bpb) in enumerate(others.items()):
+                ax.axhline(bpb, ls="--", lw=1, color=f"C{i + 2}", label=f"{name}: {bpb:.2f}")
 
 
 # --- 8. many runs: sweeps, ablations, the bake-off ----------------------------------------------------------
@@ -851,25 +866,18 @@ ABLATIONS = [
 def ablate(s, data):
     results = run_many("ablate", ABLATIONS, [s.seed, s.seed + 1, s.seed + 2], s, data)
     results_table("Ablations: one budget, three seeds", results)
-    plt = M.pyplot()
-    if plt is None:
-        return
-    fig, ax = plt.subplots(figsize=(9, 5))
-    for i, (label, runs) in enumerate(results.items()):
-        curves = []
-        for r in runs:
-            if r["log"] and os.path.exists(r["log"]):
-                with open(r["log"]) as f:
-                    curves.append([v for v in map(json.loads, f) if v["kind"] == "val" and v["tokens"]])
-        if curves:
-            ax.plot([v["tokens"] / 1e6 for v in curves[0]],
-                    [statistics.fmean(v["val_bpb"] for v in at) for at in zip(*curves)],
-                    ("o-", "s--", "^:")[i // 10 % 3], ms=3, label=label)
-    ax.set(xlabel="million tokens read", ylabel="bits per byte, held out (mean over seeds)")
-    ax.legend(fontsize=8)
-    fig.tight_layout()
-    fig.savefig(os.path.join(s.out, "ablate.png"), dpi=120)
-    print(f"saved {os.path.join(s.out, 'ablate.png')}")
+    with figure(os.path.join(s.out, "ablate.png"), xlabel="million tokens read",
+                ylabel="bits per byte, held out (mean over seeds)") as ax:
+        for i, (label, runs) in enumerate(results.items()):
+            curves = []
+            for r in runs:
+                if r["log"] and os.path.exists(r["log"]):
+                    with open(r["log"]) as f:
+                        curves.append([v for v in map(json.loads, f) if v["kind"] == "val" and v["tokens"]])
+            if ax and curves:
+                ax.plot([v["tokens"] / 1e6 for v in curves[0]],
+                        [statistics.fmean(v["val_bpb"] for v in at) for at in zip(*curves)],
+                        ("o-", "s--", "^:")[i // 10 % 3], ms=3, label=label)
 
 
 # The architectures. All read the same text in the same order, and stop when the FLOPs are spent.
@@ -878,7 +886,7 @@ BAKEOFF = [
     ("multi-query attention", dict(num_kv_heads=1)),
     ("3 local layers of 64, 1 global", dict(layers="LLLG", window=64)),
     ("keys of layer 1 for 2, of 3 for 4", dict(layers="GC")),
-    ("latent attention (MLA)", dict(mixer="mla")),
+    ("latent attention (MLA)", dict(mixer="mla", kv_latent=64)),
     ("linear attention", dict(mixer="linear")),
     ("3 linear, 1 attention", dict(layers="RRRG")),
     ("Mamba", dict(mixer="mamba")),
@@ -916,20 +924,14 @@ def bakeoff(s, data):
                      f"{flops // M.train_flops(c, 1):,}", f"{points[-1][1]:.4f}",
                      f"{max(bpb) - min(bpb):.4f}", f"{statistics.fmean(r['seconds'] for r in runs):.0f}"])
     M.table(f"Bake-off: {flops / 1e12:.2f} TFLOPs of training each, two seeds "
-            f"(state: bytes a token of a text of 1,024, in bf16)",
+            f"(state: bytes a token of a text of 1,024, bf16)",
             ["variant", "parameters", "active", "state", "tokens", "bits/byte", "max - min", "seconds"], rows)
-    plt = M.pyplot()
-    if plt is None:
-        return
-    fig, ax = plt.subplots(figsize=(9, 5))
-    for kept, bpb, label in points:
-        ax.plot(kept, bpb, "o")
-        ax.annotate(label, (kept, bpb), xytext=(5, 3), textcoords="offset points", fontsize=8)
-    ax.set(xlabel="state, bytes a token of a text of 1,024 tokens (bf16)", ylabel="bits per byte, held out",
-           xscale="log")
-    fig.tight_layout()
-    fig.savefig(os.path.join(s.out, "bakeoff.png"), dpi=120)
-    print(f"saved {os.path.join(s.out, 'bakeoff.png')}")
+    with figure(os.path.join(s.out, "bakeoff.png"), ylabel="bits per byte, held out", xscale="log",
+                xlabel="state, bytes a token of a text of 1,024 tokens (bf16)") as ax:
+        for (kept, bpb, label), marker in zip(points if ax else (), itertools.cycle("os^vD*P")):
+            ax.plot(kept, bpb, marker, ms=8, label=label)
+        if ax:
+            ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 # --- 9. the command line ------------------------------------------------------------------------------------
@@ -1059,8 +1061,8 @@ def check(s):
 
 
 FREE_ON_RESUME = {"resume", "out", "device", "threads", "evals", "eval_tokens", "val_tokens", "save_minutes",
-                  "prompt", "log_seconds", "sample_tokens", "compile", "checkpoint_blocks",
-                   "max_bad_steps", *BUDGETS}
+                  "prompt", "log_seconds", "sample_tokens", "compile", "checkpoint_blocks", "max_bad_steps",
+                  *BUDGETS}
 
 
 def resume_settings(s, typed):
@@ -1145,14 +1147,18 @@ def run_command(argv=None):
             torch.set_num_threads(s.threads)
         os.makedirs(s.out, exist_ok=True)
         data = open_data(s)
+        if typed.get("vocab_size", data[0].vocab_size) != data[0].vocab_size:
+            print(f"note     --vocab_size {s.vocab_size} is not used: the tokenizer has {data[0].vocab_size}")
         if s.ablate or s.bakeoff or s.sweep:
             return (ablate if s.ablate else bakeoff if s.bakeoff else sweep)(s, data)
         keep_old_checkpoint(s)
         report(s, train(s, *data, state), *data)
     except FloatingPointError as e:
         parser.exit(1, f"train.py: stopped: {e}\n")
-    except torch.OutOfMemoryError as e:
-        parser.error(f"out of GPU memory ({M.first_line(e)}): try --micro_batch "
+    except RuntimeError as e:                              # torch.OutOfMemoryError on a GPU is one
+        if "memory" not in str(e):
+            raise
+        parser.error(f"out of memory ({M.first_line(e)}): try --micro_batch "
                      f"{max(1, (s.micro_batch or s.batch_size) // 2)} or --checkpoint_blocks")
     except (ValueError, OSError) as e:
         parser.error(M.first_line(e))

@@ -40,15 +40,14 @@ You should see (two ranks, CPU; shortened; MB on rank 0; differences from one pr
        1,024  107.81 107.81    53.96 53.96 *  27.03 27.03 *    0.11 0.11 *
 
 Outline  1 what moves       2 one buffer, N slices   3 ZeRO-1, ZeRO-2   4 FSDP         5 tensor parallelism
-         6 pipeline         7 experts                8 all together     9 checkpoints
-        -- stop here on a first reading --          10 accounting      11 planning     12 ranks
-        13 training        14 the lecture           15 command line
+         6 pipeline         7 experts                8 all together    -- stop here on a first reading --
+         9 checkpoints     10 accounting            11 planning        12 ranks       13 training
+        14 the lecture     15 command line
 
-References  Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (PyTorch FSDP), Shoeybi et al. 2019 (Megatron),
+References  Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (FSDP), Shoeybi et al. 2019 (tensor parallelism),
             Korthikanti et al. 2022 (sequence parallelism), Huang et al. 2018 (GPipe), Narayanan et al. 2019
             (PipeDream: 1F1B), Lepikhin et al. 2020 (GShard).
 """
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -60,13 +59,12 @@ import json
 import math
 import multiprocessing.connection
 import os
-import pickle
 import shutil
 import signal
 import statistics
 import sys
+import threading
 import time
-import warnings
 from fractions import Fraction
 
 import bpe
@@ -82,7 +80,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 # N ranks in a group, r this one. Other letters as in model.py. "Bytes sent" are what one rank sends.
 
 
-# --- 1. what moves: three collectives, and a counter --------------------------------------------------------
+# --- 1. what moves: three collectives, a counter, and the baseline ------------------------------------------
 
 def all_gather(whole, mine, group=None, async_op=False):
     """whole (N*n) <- every rank's mine (n); `mine` may be this rank's slice of `whole`. Sends (N-1) n."""
@@ -91,7 +89,7 @@ def all_gather(whole, mine, group=None, async_op=False):
 
 
 def reduce_scatter(mine, whole, group=None):
-    """mine (n) <- the sum over ranks of slice r of `whole` (N*n); `mine` may be that slice. Sends (N-1) n.
+    """mine (n) <- the sum over ranks of slice r of `whole` (N*n). Sends (N-1) n.
     Starts it, and returns the function that waits for the result."""
     if whole.is_cuda:
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -118,29 +116,47 @@ def all_reduce_mean(tensors, group=None):
 
 
 class CountBytes(TorchDispatchMode):
-    """with CountBytes() as sent: ...  ->  sent.bytes {collective: bytes this rank sends}, exact fractions.
-    Sees each call on its way to the backend, and takes the ring algorithm's cost of it."""
-    def __init__(self):
-        super().__init__()
-        self.bytes = {}
+    """with CountBytes() as sent: ...  Then sent.total is what this rank sent, in bytes, an exact fraction.
+    Sees each collective on its way to the backend, and takes what the ring algorithm sends for it."""
+    total = 0
+    rounds = {"allreduce": 2, "allgather_base": 1, "reduce_scatter_base": 1, "alltoall_base": 1}
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op.namespace == "c10d":
-            name = op._schema.name.removeprefix("c10d::").strip("_")
-            group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)
-                                                 and str(a._type()).endswith("ProcessGroup")))
-            N, tensors = group.size(), args[0] if isinstance(args[0], (list, tuple)) else args[:2]
-            whole = max(t.nbytes for t in tensors)         # of input and output, where their sizes differ
-            share = {"allreduce": Fraction(2 * (N - 1), N), "allgather_base": Fraction(N - 1, N),
-                     "reduce_scatter_base": Fraction(N - 1, N), "alltoall_base": Fraction(N - 1, N),
-                     "send": 1, "broadcast": 1}.get(name, 0)
-            if name == "alltoall_base" and args[4]:        # rows to each rank, unequal
-                whole, share = args[1].nbytes, 1 - Fraction(args[4][group.rank()], max(1, sum(args[4])))
-            self.bytes[name] = self.bytes.get(name, 0) + share * whole
+            self.total += self.bytes_of(op._schema.name.removeprefix("c10d::").strip("_"), args)
         return op(*args, **(kwargs or {}))
 
-    def total(self):
-        return sum(self.bytes.values())
+    def bytes_of(self, name, args):
+        if name == "send":
+            return args[0][0].nbytes
+        if name not in self.rounds:
+            return 0
+        group = dist.ProcessGroup.unbox(next(a for a in args if isinstance(a, torch.ScriptObject)
+                                             and str(a._type()).endswith("ProcessGroup")))
+        if name == "alltoall_base" and args[4]:            # rows to each rank, unequal: all but its own leave
+            return args[1].nbytes * (1 - Fraction(args[4][group.rank()], max(1, sum(args[4]))))
+        tensors = args[0] if isinstance(args[0], (list, tuple)) else args[:2]
+        whole = max(t.nbytes for t in tensors)             # of input and output, where their sizes differ
+        return whole * Fraction(self.rounds[name] * (group.size() - 1), group.size())
+
+
+class DataParallel:
+    """Stage 0, the baseline (ddp.py does it well): whole weights, gradients averaged after backward. `alone`:
+    parameters that other ranks do not have (experts). Every stage below has what this one has:
+
+    finish_gradient_synchronization()   after backward; every_backward: after that of each micro-batch
+    pieces   (parameter, first, piece): this rank updates numbers first, first+1, ... of the parameter
+    copies   those parameters that all ranks of the group hold, and update, whole
+    """
+    every_backward = False
+
+    def __init__(self, params, group, alone=()):
+        self.pieces, self.group = [(p, 0, p) for p in params], group
+        self.copies = {p for p, _, _ in self.pieces} - set(alone)
+
+    def finish_gradient_synchronization(self):
+        grads = [p.grad for p, _, _ in self.pieces if p.grad is not None and p in self.copies]
+        all_reduce_mean(grads, self.group)
 
 
 # --- 2. one buffer, N slices --------------------------------------------------------------------------------
@@ -155,10 +171,12 @@ class Flat:
     the fullest rank needs, and little is gained where one tensor is most of the model.
     """
     def __init__(self, tensors, group=None, whole=False):
-        self.tensors, self.group, self.dtype = list(tensors), group, next(iter(tensors)).dtype
-        self.N, self.rank, self.mean = dist.get_world_size(group), dist.get_rank(group), None
+        self.tensors, self.group = list(tensors), group
+        self.N, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
         sizes = [t.numel() for t in self.tensors]
-        self.size, self.offsets = -(-sum(sizes) // self.N), [0, *itertools.accumulate(sizes)][:-1]
+        self.size = -(-sum(sizes) // self.N)               # of a slice, rounded up
+        self.offsets = [0, *itertools.accumulate(sizes)][:-1]
         if whole:                                          # the largest first, each to the emptiest rank
             load, place = [0] * self.N, {}
             for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
@@ -167,10 +185,11 @@ class Flat:
                 load[r] += sizes[i]
             self.size = max(load)
             self.offsets = [place[i][0] * self.size + place[i][1] for i in range(len(sizes))]
+        self.pieces, self.mean = [], None                  # the stages fill them in; my slice's mean gradient
 
     def buffer(self, dtype=None):
-        """Uninitialised: nobody reads the padding."""
-        return torch.empty(self.N * self.size, dtype=dtype or self.dtype, device=self.tensors[0].device)
+        """Uninitialised: nobody uses what comes of the padding."""
+        return torch.empty(self.N * self.size, dtype=dtype or self.dtype, device=self.device)
 
     def views(self, buffer):
         """The tensors as they lie in the buffer."""
@@ -195,7 +214,7 @@ class Flat:
         buffer = self.buffer()
         for view, t in zip(self.views(buffer), self.tensors):
             view.copy_(t)
-        dist.broadcast(buffer, first_rank(self.group), group=self.group)
+        dist.broadcast(buffer, group=self.group, group_src=0)
         return buffer
 
     @torch.no_grad()
@@ -207,37 +226,59 @@ class Flat:
             view.copy_(g) if g is not None else view.zero_()
         mine = buffer.new_empty(self.size)
         wait = reduce_scatter(mine, buffer, self.group)
-        return lambda: (wait(), mine.div_(self.N))[1]
+
+        def finish():
+            wait()
+            return mine.div_(self.N)
+        return finish
 
     def take(self, mean):
-        """Add a mean gradient to .grad of this rank's pieces: (parameter, first, piece) in self.pieces."""
+        """Add a mean gradient to .grad of this rank's pieces, which are views of it."""
         cleared = all(piece.grad is None for _, _, piece in self.pieces)
         self.mean = mean if cleared else self.mean.add_(mean)
         for (_, _, piece), (_, part) in zip(self.pieces, self.parts(self.mean)):
             piece.grad = part if piece.requires_grad else None
 
 
-class InFlight(list):
-    """Gradients on their way to their owners, two buffers at most: one travels while the next is computed."""
-    def send(self, flat, grads):
-        self.append((flat, flat.start_mean(grads)))
-        if len(self) > 1:
-            self.land()
+class Reducer:
+    """Hooks by which gradients travel while backward computes: as soon as all those of a buffer are there,
+    they start for their owners, and are freed. Two buffers at most are under way."""
+    def __init__(self):
+        self.flying = []
 
-    def land(self):
-        flat, finish = self.pop(0)
-        flat.take(finish())
+    def watch(self, flat):
+        flat.missing = {p for p in flat.tensors if p.requires_grad}
+        for p in flat.missing:
+            p.register_post_accumulate_grad_hook(functools.partial(self.arrived, flat))
 
+    def arrived(self, flat, p):
+        flat.missing.discard(p)
+        if not flat.missing:
+            self.send(flat)
 
-def first_rank(group):
-    """Its number in the world."""
-    return dist.get_global_rank(group or dist.group.WORLD, 0)
+    def send(self, flat):
+        self.flying.append((flat, flat.start_mean([p.grad for p in flat.tensors])))
+        flat.missing = {p for p in flat.tensors if p.requires_grad}
+        for p in flat.tensors:
+            p.grad = None
+        self.land(all_but=1)
+
+    def land(self, all_but=0):
+        while len(self.flying) > all_but:
+            flat, finish = self.flying.pop(0)
+            flat.take(finish())
+
+    def finish(self, flats):
+        for flat in flats:
+            if any(p.grad is not None for p in flat.tensors):
+                self.send(flat)                            # one that took no part kept the others back
+        self.land()
 
 
 # --- 3. ZeRO-1 and ZeRO-2: the optimizer in N parts ---------------------------------------------------------
 
 class ShardedOptimizer(torch.optim.Optimizer):
-    """ZeRO-1 (Rajbhandari et al. 2020): rank r keeps optimizer state for, and updates, its slice alone.
+    """ZeRO-1: rank r keeps optimizer state for, and updates, its slice alone.
 
         loss.backward()                              every rank on its own tokens
         optimizer.finish_gradient_synchronization()  reduce-scatter: rank r gets the mean of its slice
@@ -247,11 +288,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
     when gradients are synchronised gets zeros; frozen ones are left out.
     """
     bucket_numbers = 6_250_000                             # 25 MB of fp32, as torch's DDP
-    every_backward = False                                 # synchronised once a step
+    every_backward, copies = False, ()
 
     def __init__(self, params, optimizer_cls, group=None, whole=False, **settings):
         self.optimizer_cls, self.process_group, self.whole = optimizer_cls, group, whole
-        self.inner, self.buckets, self.flying = None, [], InFlight()
+        self.inner, self.buckets, self.reducer = None, [], Reducer()
         super().__init__(params, settings)                 # calls add_param_group for every group
 
     def add_param_group(self, param_group):
@@ -260,9 +301,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         new = [self.attach(tensors) for tensors in self.bucketed(group["params"])]
         for p in group["params"]:
             if not p.requires_grad:                        # the rest starts the same on all ranks by attach()
-                dist.broadcast(p.data, first_rank(self.process_group), group=self.process_group)
-        pieces = [piece for b in new for _, _, piece in b.pieces if piece.numel()]
-        settings = dict(group, params=pieces)
+                dist.broadcast(p.data, group=self.process_group, group_src=0)
+        settings = dict(group, params=[x for b in new for _, _, x in b.pieces if x.numel()])
         if self.inner is None:
             self.inner = self.optimizer_cls([settings], **self.defaults)
         else:
@@ -274,14 +314,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def bucketed(self, params):
         """Trainable parameters in buckets of one kind, the last first: backward reaches those first. Whole
         tensors share one bucket, which is easier to divide evenly."""
-        buckets, most = [], math.inf if self.whole else self.bucket_numbers
+        buckets, kind, numbers = [], None, 0
+        most = math.inf if self.whole else self.bucket_numbers
         for p in reversed([p for p in params if p.requires_grad]):
-            last = buckets[-1] if buckets else None
-            if (last is None or (p.dtype, p.device) != (last[0].dtype, last[0].device)
-                    or sum(q.numel() for q in last) + p.numel() > most):
-                buckets.append([p])
-            else:
-                last.append(p)
+            if kind != (p.dtype, p.device) or numbers + p.numel() > most:
+                buckets.append([])
+                kind, numbers = (p.dtype, p.device), 0
+            buckets[-1].append(p)
+            numbers += p.numel()
         return buckets
 
     def attach(self, params):
@@ -294,6 +334,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                          in zip(params, bucket.parts(bucket.mine(bucket.weights)))]
         return bucket
 
+    @property
+    def pieces(self):
+        """(parameter, first, piece) of all buckets; some pieces are empty."""
+        return [x for b in self.buckets for x in b.pieces]
+
     def finish_gradient_synchronization(self):
         for b in self.buckets:
             mean = b.start_mean([p.grad for p in b.tensors])()
@@ -305,13 +350,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def give_gradients(self):
         """Each piece sees its part of its parameter's gradient, without a copy."""
-        for p, first, piece in (x for b in self.buckets for x in b.pieces):
+        for p, first, piece in self.pieces:
             piece.grad = None if p.grad is None else \
                 p.grad.reshape(-1)[first:first + piece.numel()].view_as(piece)
 
     @torch.no_grad()
     def step(self, closure=None):
-        loss = closure() if closure else None
+        with torch.enable_grad():
+            loss = closure() if closure else None
         self.give_gradients()
         for inner, group in zip(self.inner.param_groups, self.param_groups):   # a schedule changes the outer
             inner.update({k: v for k, v in group.items() if k != "params"})
@@ -323,51 +369,54 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for work in [all_gather(b.weights, b.mine(b.weights), b.group, async_op=True) for b in self.buckets]:
             work.wait()
 
-    def owned(self):
-        """(parameter, first, piece, is it on all ranks?), for Trainer.pieces."""
-        return [(*x, False) for b in self.buckets for x in b.pieces]
-
     def zero_grad(self, set_to_none=True):
         """Clears the gradients of all parameters, also of those that other ranks update."""
         super().zero_grad(set_to_none)
-        for piece in (piece for b in self.buckets for _, _, piece in b.pieces):
+        for _, _, piece in self.pieces:
             piece.grad = None
 
     def state_dict(self):
-        """What the unsharded optimizer would write. Every rank must call it and gets all of it, pickled: for
-        models that fit one rank; others use section 9."""
-        index = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
-        mine = [(index[p], first, self.inner.state[piece]) for b in self.buckets
-                for p, first, piece in b.pieces if piece in self.inner.state]
-        ranks, params, state = [None] * dist.get_world_size(self.process_group), list(index), {}
+        """What the unsharded optimizer would write, on the CPU. Every rank must call it and gets all of it,
+        pickled: for models that fit one rank; others use section 9."""
+        params = [p for g in self.param_groups for p in g["params"]]
+        index, state = {p: i for i, p in enumerate(params)}, {}
+        mine = [(index[p], first if per_number(v, piece) else None, k, v.cpu() if torch.is_tensor(v) else v)
+                for p, first, piece in self.pieces for k, v in self.inner.state.get(piece, {}).items()]
+        ranks = [None] * dist.get_world_size(self.process_group)
         dist.all_gather_object(ranks, mine, group=self.process_group)
-        for i, first, values in sorted(itertools.chain(*ranks), key=lambda x: x[:2]):
-            for k, v in values.items():
-                whole = state.setdefault(i, {}).get(k, v)
-                if torch.is_tensor(v) and v.dim():
-                    if k not in state[i]:
-                        whole = v.new_zeros(params[i].shape)
-                    whole.view(-1)[first:first + v.numel()] = v.flatten().to(whole.device)
-                state[i][k] = whole                        # Adam's count of steps: the same in all pieces
+        for i, first, k, v in itertools.chain(*ranks):
+            values = state.setdefault(i, {})
+            if first is None:                              # Adam's count of steps: the same in all pieces
+                values[k] = v
+                continue
+            if k not in values:
+                values[k] = v.new_zeros(params[i].shape)
+            values[k].view(-1)[first:first + v.numel()] = v.flatten()
         return {"state": state, "param_groups": super().state_dict()["param_groups"]}
 
     def load_state_dict(self, saved):
         """What state_dict wrote at any world size, or what the unsharded optimizer did."""
         params = [p for g in self.param_groups for p in g["params"]]
+        index = {p: i for i, p in enumerate(params)}
         for group, old in zip(self.param_groups, saved["param_groups"], strict=True):
             group.update({k: v for k, v in old.items() if k != "params"})
-        of = {p: (first, piece) for b in self.buckets for p, first, piece in b.pieces if piece.numel()}
-        for i, values in saved["state"].items():
-            if params[i] in of:
-                first, piece = of[params[i]]
-                self.inner.state[piece] = {
-                    k: v.reshape(-1)[first:first + piece.numel()].view_as(piece).to(piece.device, copy=True)
-                    if per_number(v, params[i]) else copy.deepcopy(v) for k, v in values.items()}
+        put_state(self.inner, {
+            piece: {k: v.reshape(-1)[first:first + piece.numel()].view_as(piece).clone()
+                    if per_number(v, p) else copy.deepcopy(v) for k, v in saved["state"][index[p]].items()}
+            for p, first, piece in self.pieces if piece.numel() and index[p] in saved["state"]})
 
 
 def per_number(state, p):
     """A state with one number a weight, such as Adam's averages; not its count of steps."""
     return torch.is_tensor(state) and state.dim() > 0 and state.numel() == p.numel()
+
+
+def put_state(optimizer, state):
+    """state {parameter: values} into an optimizer. Its own load_state_dict knows which device each value must
+    be on: a fused AdamW on a GPU keeps its count of steps there, too."""
+    saved, params = optimizer.state_dict(), [p for g in optimizer.param_groups for p in g["params"]]
+    saved["state"] = {i: state[p] for i, p in enumerate(params) if p in state}
+    optimizer.load_state_dict(saved)
 
 
 class ZeRO2(ShardedOptimizer):
@@ -379,28 +428,11 @@ class ZeRO2(ShardedOptimizer):
 
     def attach(self, params):
         bucket = super().attach(params)
-        bucket.missing = set(params)
-        for p in params:
-            p.register_post_accumulate_grad_hook(functools.partial(self.arrived, bucket))
+        self.reducer.watch(bucket)
         return bucket
 
-    def arrived(self, bucket, p):
-        bucket.missing.discard(p)
-        if not bucket.missing:
-            self.send(bucket)
-
-    def send(self, bucket):
-        self.flying.send(bucket, [p.grad for p in bucket.tensors])
-        bucket.missing = set(bucket.tensors)
-        for p in bucket.tensors:
-            p.grad = None
-
     def finish_gradient_synchronization(self):
-        for bucket in self.buckets:
-            if len(bucket.missing) < len(bucket.tensors):  # a parameter that took no part kept it back
-                self.send(bucket)
-        while self.flying:
-            self.flying.land()
+        self.reducer.finish(self.buckets)
 
     def give_gradients(self):
         pass                                               # Flat.take did
@@ -413,25 +445,24 @@ class Unit(Flat):
 
     The module's parameters are the slice's pieces: optimizer, clipping and checkpoints see nothing else.
     Around the layer's forward and backward pass whole weights take their place: views into one buffer, whose
-    memory is given back in between. Autograd keeps the views, and finds the same numbers there again.
+    memory is given back in between. What autograd keeps from the forward pass are these views: in backward
+    they show the same numbers again, because the buffer is filled again.
     """
     def __init__(self, owners, group, compute_dtype):
         """owners: {parameter: [(module, name), ...]}, several where a weight is tied."""
         super().__init__(owners, group)
         self.shard = self.mine(self.share()).clone()                         # the master weights, fp32
         self.whole = self.buffer(compute_dtype)
-        self.bytes, grads = self.whole.nbytes, [p.requires_grad for p in self.tensors]
+        self.bytes, trained = self.whole.nbytes, [p.requires_grad for p in self.tensors]
         # .data: to write into `whole` must not look to autograd like a change of what it has kept.
-        self.full = [nn.Parameter(v.data, g) for v, g in zip(self.views(self.whole), grads)]
-        pieces = [(first, nn.Parameter(part, g)) for (first, part), g in zip(self.parts(self.shard), grads)]
-        self.pieces = [(piece, first, piece) for first, piece in pieces]
+        self.full = [nn.Parameter(v.data, t) for v, t in zip(self.views(self.whole), trained)]
+        for (first, part), t in zip(self.parts(self.shard), trained):
+            piece = nn.Parameter(part, t)
+            self.pieces.append((piece, first, piece))
         self.places = [(i, *place) for i, places in enumerate(owners.values()) for place in places]
         self.tensors = self.full                           # only shapes are needed now; the originals may go
-        self.in_backward, self.missing, self.work, self.here = False, self.trainable(), None, True
+        self.work, self.here = None, True
         self.free()
-
-    def trainable(self):
-        return {f for f in self.full if f.requires_grad}
 
     def gather(self):
         """Start to bring the weights here. Cast first: bf16 halves what travels."""
@@ -449,7 +480,14 @@ class Unit(Flat):
         self.here = self.in_backward = False
         self.whole.untyped_storage().resize_(0)
 
+    def start_mean(self, grads):
+        """With all gradients there, backward needs the weights no more, unless some are frozen."""
+        if all(f.requires_grad for f in self.full):
+            self.free()
+        return super().start_mean(grads)
+
     def put(self, tensors):
+        """Make these the layer's parameters."""
         if self.work is not None:                          # gathered ahead, used now or not at all
             self.work.wait()
             self.work = None
@@ -458,9 +496,9 @@ class Unit(Flat):
 
 
 class FSDP(nn.Module):
-    """ZeRO-3, or fully sharded data parallelism (Zhao et al. 2023): rank r holds slice r of all matrices, of
-    their gradients and optimizer state, 16/N bytes a parameter with AdamW. A layer's matrices are gathered
-    while the layer before it computes, and freed after it, in forward and in backward: at most two are whole.
+    """ZeRO-3, or fully sharded data parallelism: rank r holds slice r of all matrices, their gradients and
+    their optimizer state, 16/N bytes a parameter with AdamW. A layer's matrices are gathered while the layer
+    before it computes, and freed after it, in forward and in backward: at most two are whole.
     Sends 3 (N-1)/N of the weights: gather, gather again, reduce-scatter; half as much again as ZeRO-1.
 
         model = FSDP(model)
@@ -470,69 +508,59 @@ class FSDP(nn.Module):
         optimizer.step()
     Norms and biases, a thousandth of a model, stay whole, and their gradients are averaged. compute_dtype:
     weights are cast before they travel, and autocast runs the products; master weights, gradients and steps
-    stay fp32. What torch's fully_shard adds: hybrid sharding, CPU offload, start on the meta device.
+    stay fp32. A layer takes a tensor first and returns one. What torch's fully_shard adds: hybrid sharding,
+    CPU offload, start on the meta device.
     """
     every_backward = True
 
     def __init__(self, module, compute_dtype=None, group=None):
         super().__init__()
         self.module, self.group, self.compute_dtype = module, group, compute_dtype
-        self.units, self.flying, owners, unit_of = [], InFlight(), {}, {}
+        self.units, self.reducer, owners, unit_of, order = [], Reducer(), {}, {}, []
         for m in module.modules():
             for name, p in m.named_parameters(recurse=False):
                 owners.setdefault(p, []).append((m, name))
         layers = [(layer, [p for p in layer.parameters() if p.dim() > 1]) for layer in layers_of(module)]
-        for layer, matrices in layers:
+        for layer, matrices in layers:                     # listed first: a Unit replaces parameters
             new = {p: owners[p] for p in matrices if p not in unit_of}
             if new:
-                self.units.append(Unit(new, group, compute_dtype))
-                unit_of.update(dict.fromkeys(new, self.units[-1]))
-                for f in self.units[-1].trainable():
-                    f.register_post_accumulate_grad_hook(functools.partial(self.arrived, self.units[-1]))
-            for unit in dict.fromkeys(unit_of[p] for p in matrices):         # two, if a weight is tied
-                self.surround(layer, unit)
-        self.replicated = [p for p in owners if p not in unit_of]
-        for p in self.replicated:
-            dist.broadcast(p.data, first_rank(group), group=group)
+                unit = Unit(new, group, compute_dtype)
+                self.units.append(unit)
+                unit_of.update(dict.fromkeys(new, unit))
+                self.reducer.watch(unit)
+            order += [(layer, unit) for unit in dict.fromkeys(unit_of[p] for p in matrices)]     # two: tied
+        units = [unit for _, unit in order]
+        for i, (layer, unit) in enumerate(order):          # its neighbours: [unit], or [] at the two ends
+            self.surround(layer, unit, units[i + 1:i + 2], units[i - 1:i])
+        self.copies = {p: None for p in owners if p not in unit_of}          # in order, unlike a set
+        for p in self.copies:
+            dist.broadcast(p.data, group=group, group_src=0)
+        self.pieces = [x for u in self.units for x in u.pieces] + [(p, 0, p) for p in self.copies]
 
-    def surround(self, layer, unit):
-        i = self.units.index(unit)
-
+    def surround(self, layer, unit, following, preceding):
+        """Hooks: the unit is whole while the layer computes; the next one travels meanwhile."""
         def before(*_):
             unit.use()
-            if not unit.in_backward and i + 1 < len(self.units):
-                self.units[i + 1].gather()                 # travels while this layer computes
+            if not unit.in_backward:
+                for ahead in following:
+                    ahead.gather()
 
         def after(module, args, output):
             if not unit.in_backward:                       # a checkpointed layer runs again inside backward
                 unit.free()
             if not args[0].is_floating_point():            # a look-up is no product: the stream stays fp32
                 output = output.to(unit.dtype)
-            if output.requires_grad:
+            if output.requires_grad:                       # the layer's backward begins with its gradient
                 output.register_hook(before_backward)
             return output
 
         def before_backward(grad):
             unit.use()
             unit.in_backward = True
-            if i:
-                self.units[i - 1].gather()
+            for ahead in preceding:
+                ahead.gather()
         layer.register_forward_pre_hook(before)
         layer.register_forward_hook(after)
-
-    def arrived(self, unit, full):
-        unit.missing.discard(full)
-        if not unit.missing:
-            self.send(unit)
-
-    def send(self, unit):
-        """Backward has all gradients of this layer, and needs its weights no more, unless some are frozen."""
-        if len(unit.trainable()) == len(unit.full):
-            unit.free()
-        self.flying.send(unit, [f.grad for f in unit.full])
-        unit.missing = unit.trainable()
-        for f in unit.full:
-            f.grad = None
 
     def forward(self, *args, **kwargs):
         device = next(self.parameters()).device.type
@@ -541,23 +569,16 @@ class FSDP(nn.Module):
 
     def finish_gradient_synchronization(self):
         """Afterwards .grad of the pieces has the mean added to it, and no layer is whole."""
-        for unit in reversed(self.units):
-            if any(f.grad is not None for f in unit.full):  # a weight that took no part kept the others back
-                self.send(unit)
+        self.reducer.finish(reversed(self.units))
+        for unit in self.units:
             if unit.here:
                 unit.free()
-        while self.flying:
-            self.flying.land()
-        all_reduce_mean([p.grad for p in self.replicated if p.grad is not None], self.group)
-
-    def owned(self):
-        pieces = [(*x, False) for unit in self.units for x in unit.pieces]
-        return pieces + [(p, 0, p, True) for p in self.replicated]
+        all_reduce_mean([p.grad for p in self.copies if p.grad is not None], self.group)
 
     def gather_full_params(self):
         """{name: whole fp32 tensor}, on every rank, with the names of the wrapped module."""
         names = {p: n for n, p in self.module.named_parameters()}
-        found = {names[p]: p.detach().clone() for p in self.replicated}
+        found = {names[p]: p.detach().clone() for p in self.copies}
         for unit in self.units:
             whole = unit.buffer()
             all_gather(whole, unit.shard, self.group)
@@ -575,22 +596,19 @@ def layers_of(module):
 
 # --- 5. tensor parallelism: every matrix in t parts ---------------------------------------------------------
 # y = x W^T in parts: by rows of W (outputs), each rank has a part of y; by columns (inputs), each rank has a
-# term of a sum. Rows, then columns: a feed-forward, or attention by heads, needs one sum at its end.
+# term of a sum. Rows, then columns: a feed-forward, or attention by heads, needs one sum at its end. Backward
+# goes through the transpose of each step: a sum where all read the same x, a copy where terms were summed.
 
 class Collective(torch.autograd.Function):
     """there(x) forward, back(gradient) backward: a collective and its transpose."""
     @staticmethod
-    def forward(ctx, x, there, back, group):
-        ctx.back, ctx.group = back, group
-        return there(x, group)
+    def forward(ctx, x, there, back):
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.back(grad, ctx.group), None, None, None
-
-
-def same(x, group):
-    return x.view_as(x)
+        return ctx.back(grad), None, None
 
 
 def add_up(x, group):
@@ -618,16 +636,16 @@ def split_of(name, shape, c, part, parts):
     """Which part of a weight a rank holds: (dimension, indices along it), or None for all of it.
 
     wqkv, w1, w3      rows ("column parallel" after x W): wqkv by whole heads, of q, k and v each
-    wo, w2            columns ("row parallel")
+    wo, w2            columns ("row parallel"); their biases whole, added once after the sum
     embedding, head   rows: a part of the vocabulary
-    ffn.w1, w2, w3    of a mixture (no .weight): whole experts
+    ffn.w1, w2, w3    of a mixture: whole experts
     """
     *_, layer, kind = name.split(".")
-    if layer in ("wo", "w2"):
-        dim = 1 if kind == "weight" else None              # the bias is added once, after the sum
+    if layer in ("wqkv", "w1", "w3", "embedding", "head") or is_expert(name):
+        dim = 0
+    elif layer in ("wo", "w2") and kind == "weight":
+        dim = 1
     else:
-        dim = 0 if {layer, kind} & {"wqkv", "w1", "w2", "w3", "embedding", "head"} else None
-    if dim is None:
         return None
     N, K, H = c.num_heads, c.kv_heads, c.head_dim
     sections = [N * H, K * H, K * H] if layer == "wqkv" else [shape[dim]]
@@ -635,11 +653,19 @@ def split_of(name, shape, c, part, parts):
     return dim, torch.cat([s + torch.arange(n).tensor_split(parts)[part] for s, n in zip(starts, sections)])
 
 
-def keep_parts(model, splits):
+def is_expert(name):
+    return name.endswith((".w1", ".w2", ".w3"))            # stacked matrices; others end in .weight
+
+
+def cut_parameters(model, part, parts, fits=lambda name: True):
+    """Keep this rank's part of every parameter that splits (and fits) -> {name: split}."""
+    splits = {}
     for name, p in model.named_parameters():
-        if splits.get(name):
-            dim, index = splits[name]
+        split = split_of(name, p.shape, model.config, part, parts) if fits(name) else None
+        if split:
+            splits[name], (dim, index) = split, split
             p.data = p.data.index_select(dim, index.to(p.device))
+    return splits
 
 
 class RowLinear(M.Linear):
@@ -668,14 +694,16 @@ def tensor_parallel(model, group, sequence=True):
     """
     c, t, r = model.config, dist.get_world_size(group), dist.get_rank(group)
     check_tensor_parallel(c, t, sequence)
-    into, out_of = (gather_tokens, scatter_tokens) if sequence else (same, add_up)
-    enter = lambda x: Collective.apply(x, into, out_of, group)
-    leave = lambda x: Collective.apply(x, out_of, into, group)
-    splits = {n: split_of(n, p.shape, c, r, t) for n, p in model.named_parameters()}
-    keep_parts(model, splits)
-    for name, p in model.named_parameters():
-        if not splits[name] and (sequence or "_norm." in name):              # it sees some tokens, or heads
-            p.register_hook(lambda grad: add_up(grad, group))
+    add = functools.partial(add_up, group=group)
+    gather, scatter = (functools.partial(f, group=group) for f in (gather_tokens, scatter_tokens))
+    same = lambda x: x.view_as(x)
+    into, out_of = (gather, scatter) if sequence else (same, add)
+    enter = lambda x: Collective.apply(x, into, out_of)
+    leave = lambda x: Collective.apply(x, out_of, into)
+    splits = cut_parameters(model, r, t)
+    for name, p in model.named_parameters():               # a gain or bias that sees some tokens, or heads
+        if name not in splits and p.dim() == 1 and (sequence or "_norm." in name):
+            p.register_hook(add)
     for block in model.blocks:
         block.mixer.c = dataclasses.replace(c, num_heads=c.num_heads // t, num_kv_heads=c.kv_heads // t,
                                             d_head=c.head_dim)
@@ -684,10 +712,11 @@ def tensor_parallel(model, group, sequence=True):
             last.__class__, last.leave = RowLinear, leave  # the same parameters, another forward
     model.embedding.__class__, model.embedding.leave = VocabularyEmbedding, leave
     model.embedding.first = splits["embedding.weight"][1][0].item()
-    if model.position is not None and sequence:
-        model.position.register_forward_hook(lambda _, args, y: y.chunk(t)[r])
+    if model.position is not None and sequence:            # (T,D): used in part, its gradient gathered whole
+        mine = lambda y: y.chunk(t, 1)[r]
+        model.position.register_forward_hook(lambda _, args, y: Collective.apply(y[None], mine, gather))
     model.head.register_forward_pre_hook(lambda _, args: (enter(args[0]),))
-    return {n: split for n, split in splits.items() if split}
+    return splits
 
 
 def check_tensor_parallel(c, t, sequence):
@@ -712,7 +741,8 @@ def vocabulary_parallel_loss(logits, targets, group, first):
     z = logits - top[:, None]
     here = (targets >= 0) & (targets < z.shape[-1])
     target = z.gather(-1, targets.clamp(0, z.shape[-1] - 1)[:, None])[:, 0] * here
-    total, target = Collective.apply(torch.stack((z.exp().sum(-1), target)), add_up, same, group)
+    terms = torch.stack((z.exp().sum(-1), target))                           # (2,B*T) of this rank's ids
+    total, target = Collective.apply(terms, functools.partial(add_up, group=group), lambda grad: grad)
     return (total.log() - target).mean()
 
 
@@ -765,14 +795,11 @@ class Pipeline:
             model.config = dataclasses.replace(c, position="none", dropout=0.0)      # blocks have their own
         if not self.last:
             model.norm, model.head = Skip(), Skip()
-        self.waited = self.most_kept = 0
+        self.waited = 0                                    # seconds of the last step
 
-    def peer(self, step):
-        return dist.get_global_rank(self.group, self.stage + step)
-
-    def receive(self, like, step, group):
+    def receive(self, like, stage, group):
         begin, x = time.perf_counter(), torch.empty_like(like)
-        dist.recv(x, self.peer(step), group)
+        dist.recv(x, group=group, group_src=stage)
         self.waited += time.perf_counter() - begin
         return x
 
@@ -781,46 +808,32 @@ class Pipeline:
         of the mean loss; returns that loss on the last stage, 0 elsewhere."""
         kept, sends, total, (B, T) = {}, [], 0.0, batches[0][0].shape
         like = torch.empty(B, T // self.token_parts, self.model.config.d_model, device=batches[0][0].device)
-        self.waited = self.most_kept = 0
+        self.waited = 0
         for what, i in pipeline_order(self.kind, self.stage, self.stages, len(batches)):
             ids, targets = batches[i]
             if what == "F":
                 x = None
                 if not self.first:
-                    x = self.model.embedding.x = self.receive(like, -1, self.group).requires_grad_()
+                    x = self.receive(like, self.stage - 1, self.group).requires_grad_()
+                    self.model.embedding.x = x
                 y = self.model.features(ids)
                 if self.last:
                     y = loss_of(y, targets) / len(batches)
                     total = total + y.detach()
                 else:
-                    sends.append((y, dist.isend(y.detach(), self.peer(1), self.group)))
+                    sends.append((y, dist.isend(y.detach(), group=self.group, group_dst=self.stage + 1)))
                 kept[i] = x, y
-                self.most_kept = max(self.most_kept, len(kept))
             else:
                 x, y = kept.pop(i)
-                y.backward(None if self.last else self.receive(like, 1, self.back_group))
+                y.backward(None if self.last else self.receive(like, self.stage + 1, self.back_group))
                 if not self.first:
-                    sends.append((x, dist.isend(x.grad, self.peer(-1), self.back_group)))
+                    sends.append((x, dist.isend(x.grad, group=self.back_group, group_dst=self.stage - 1)))
         for _, work in sends:                              # a tensor must live until it has left
             work.wait()
         return total
 
 
 # --- 7. expert parallelism: every rank some experts ---------------------------------------------------------
-
-class Exchange(torch.autograd.Function):
-    """Rows (sum(to),D) -> rows (sum(fro),D): the first to[0] go to rank 0, ... Backward: the way back."""
-    @staticmethod
-    def forward(ctx, x, to, fro, group):
-        ctx.way_back = fro, to, group
-        y = x.new_empty(sum(fro), x.shape[-1])
-        dist.all_to_all_single(y, x.contiguous(), fro, to, group=group)
-        return y
-
-    @staticmethod
-    def backward(ctx, grad):
-        return Exchange.apply(grad, *ctx.way_back), None, None, None
-
 
 def expert_parallel(model, group):
     """Rank r keeps experts r E/N, ... of every mixture -> {name: split}. Visits travel to their expert and
@@ -830,9 +843,7 @@ def expert_parallel(model, group):
     if not c.num_experts or c.num_experts % N:
         raise ValueError(f"num_experts={c.num_experts} does not split over {N} ranks: "
                          f"try --num_experts {4 * N}")
-    splits = {n: split_of(n, p.shape, c, dist.get_rank(group), N)
-              for n, p in model.named_parameters() if is_expert(n)}
-    keep_parts(model, splits)
+    splits = cut_parameters(model, dist.get_rank(group), N, is_expert)
     for name, p in model.named_parameters():
         if name in splits:
             p.register_hook(lambda grad: grad / N)         # the tokens of all ranks came here: sum -> mean
@@ -842,8 +853,13 @@ def expert_parallel(model, group):
     return splits
 
 
-def is_expert(name):
-    return name.endswith((".w1", ".w2", ".w3"))            # stacked matrices; others end in .weight
+def exchange(x, to, fro, group):
+    """Rows (sum(to),D) -> rows (sum(fro),D): the first to[0] go to rank 0, ...; backward, the way back."""
+    def move(x, to, fro):
+        y = x.new_empty(sum(fro), x.shape[-1])
+        dist.all_to_all_single(y, x.contiguous(), fro, to, group=group)
+        return y
+    return Collective.apply(x, lambda x: move(x, to, fro), lambda grad: move(grad, fro, to))
 
 
 def remote_experts(moe, group, x, counts):
@@ -852,30 +868,14 @@ def remote_experts(moe, group, x, counts):
     arrived = torch.empty_like(sent)                                         # (N,E/N) here, by rank, expert
     dist.all_to_all_single(arrived, sent, group=group)
     to, fro = sent.sum(1).tolist(), arrived.sum(1).tolist()
-    rows = Exchange.apply(x, to, fro, group)                                 # by rank, then expert
+    rows = exchange(x, to, fro, group)                                       # by rank, then expert
     expert = torch.arange(arrived.shape[1], device=x.device).repeat(len(arrived))
     order = expert.repeat_interleave(arrived.flatten()).argsort(stable=True)  # by expert, then rank
     y = M.MoE.experts(moe, rows[order], arrived.sum(0))
-    return Exchange.apply(y[order.argsort()], fro, to, group)
+    return exchange(y[order.argsort()], fro, to, group)
 
 
 # --- 8. all together: dp x pp x tp --------------------------------------------------------------------------
-
-class DataParallel:
-    """Stage 0, the baseline (ddp.py does it well): whole weights, gradients averaged after backward. `alone`:
-    parameters that other ranks do not have (experts)."""
-    every_backward = False
-
-    def __init__(self, params, group, alone=()):
-        self.params, self.group, self.alone = list(params), group, set(alone)
-
-    def finish_gradient_synchronization(self):
-        grads = [p.grad for p in self.params if p.grad is not None and p not in self.alone]
-        all_reduce_mean(grads, self.group)
-
-    def owned(self):
-        return [(p, 0, p, p not in self.alone) for p in self.params]
-
 
 def make_mesh(tp, pp):
     """The ranks as a grid dp x pp x tp; tp talks most, so its ranks are neighbours, in one node.
@@ -909,22 +909,24 @@ class Trainer:
                              f"to 3 with --tp, 0 or 1 with --pp (the others would send weights or gradients "
                              f"once a micro-batch), 0 with --ep")
         self.model, self.config, self.compute_dtype, self.steps_done = model, model.config, compute_dtype, 0
-        self.shapes = {n: t.shape for n, t in named_tensors(model)}
+        self.asked = self.stop = False                     # is this rank asked to end? is any? see step()
+        self.shapes = {n: t.shape for n, t in (*model.named_parameters(), *model.named_buffers())}
         self.mesh = make_mesh(tp, pp)
-        self.tp, self.dp = tp, self.mesh["dp"][1]
+        self.tp, self.dp, group = tp, self.mesh["dp"][1], self.mesh["dp"][0]
         self.split = tensor_parallel(model, self.mesh["tp"][0], sequence) if tp > 1 else {}
-        self.split |= expert_parallel(model, self.mesh["dp"][0]) if ep else {}
+        self.split |= expert_parallel(model, group) if ep else {}
         self.first_id = model.embedding.first if tp > 1 else 0               # of this rank's vocabulary
         self.pipeline = Pipeline(model, self.mesh["pp"][0], self.mesh["back"][0], kind,
                                  tp if sequence else 1) if pp > 1 else None
-        group, params = self.mesh["dp"][0], list(model.parameters())
         if stage in (1, 2):
-            self.optimizer = {1: ShardedOptimizer, 2: ZeRO2}[stage](params, optimizer_cls, group, **settings)
-            self.sync = self.optimizer
+            cls = ShardedOptimizer if stage == 1 else ZeRO2
+            self.sync = self.optimizer = cls(list(model.parameters()), optimizer_cls, group, **settings)
         else:
             alone = [p for n, p in model.named_parameters() if ep and is_expert(n)]
-            self.sync = FSDP(model, compute_dtype, group) if stage else DataParallel(params, group, alone)
+            self.sync = (FSDP(model, compute_dtype, group) if stage else
+                         DataParallel(model.parameters(), group, alone))
             self.optimizer = optimizer_cls(model.parameters(), **settings)   # FSDP's: the pieces
+        self.updater = getattr(self.optimizer, "inner", self.optimizer)      # which has the pieces' state
 
     def loss(self, ids, targets):
         if self.tp > 1:
@@ -940,10 +942,10 @@ class Trainer:
     def gradients(self, ids, targets, micro_batch=0):
         """Forward and backward over this replica's sequences (B/dp,T) -> their mean loss (0 on all stages of
         a pipeline but the last). What this rank updates then has the mean gradient of the whole batch."""
-        batches = list(zip(*(x.split(micro_batch or len(ids)) for x in (ids, targets))))
-        if len(batches[0][0]) != len(batches[-1][0]):
-            raise ValueError(f"{len(ids)} sequences a rank are no multiple of --micro_batch {micro_batch}")
-        kind, total = ids.device.type, 0.0
+        size, total = micro_batch or len(ids), 0.0
+        if len(ids) % size:
+            raise ValueError(f"{len(ids)} sequences a rank are no multiple of --micro_batch {size}")
+        batches, kind = list(zip(ids.split(size), targets.split(size))), ids.device.type
         with torch.autocast(kind, self.compute_dtype) if self.compute_dtype else contextlib.nullcontext():
             if self.pipeline:
                 total = self.pipeline.run(batches, self.loss_of)
@@ -961,10 +963,10 @@ class Trainer:
         """(name, first, tensor, axes) of all that this rank updates: numbers first, first+1, ... of its part
         of a parameter, and the axes of the mesh along which other ranks hold, and update, the same."""
         names = {p: n for n, p in self.model.named_parameters()}
-        for p, first, piece, copied in self.sync.owned():
+        for p, first, piece in self.sync.pieces:
             if piece.numel():
                 whole = self.tp > 1 and names[p] not in self.split
-                yield names[p], first, piece, ["dp"] * copied + ["tp"] * whole
+                yield names[p], first, piece, ["dp"] * (p in self.sync.copies) + ["tp"] * whole
 
     def step(self, ids, targets, micro_batch=0, lr=None, clip=1.0):
         """One optimizer step on this replica's share of the batch -> (loss, gradient norm) of all of it. The
@@ -973,13 +975,13 @@ class Trainer:
         grads = [(p.grad, math.prod(self.mesh[a][1] for a in axes))
                  for _, _, p, axes in self.pieces() if p.grad is not None]
         squares = sum(g.double().square().sum() / copies for g, copies in grads)
-        both = torch.stack((loss / (self.dp * self.tp), squares))
-        dist.all_reduce(both)
-        loss, norm = both[0].item(), both[1].sqrt().item()
+        sums = torch.stack((loss / (self.dp * self.tp), squares, loss.new_tensor(self.asked)))
+        dist.all_reduce(sums)
+        loss, norm, self.stop = sums[0].item(), sums[1].sqrt().item(), sums[2].item() > 0
         if not math.isfinite(loss + norm):
-            raise FloatingPointError(f"loss {loss}, gradient norm {norm}: --resume with a lower --lr")
+            raise FloatingPointError(f"loss {loss}, gradient norm {norm}: try --resume with a lower --lr")
         for g, _ in grads:
-            g.mul_(min(1.0, clip / (norm + 1e-6)))
+            g.mul_(min(1.0, (clip or math.inf) / (norm + 1e-6)))
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         self.optimizer.step()
@@ -991,13 +993,9 @@ class Trainer:
             self.model.balance_experts()
         return loss, norm
 
-    def state_of(self, piece):
-        return getattr(self.optimizer, "inner", self.optimizer).state[piece]
 
-
-def named_tensors(model):
-    """Parameters, and buffers (the bias of balance=bias), which all ranks hold whole."""
-    return [*model.named_parameters(), *model.named_buffers()]
+# --- stop here on a first reading ---------------------------------------------------------------------------
+# You have seen every layout. What follows saves them, predicts what they cost, and runs them.
 
 
 # --- 9. sharded checkpoints ---------------------------------------------------------------------------------
@@ -1014,16 +1012,22 @@ def positions(shape, split, first, count):
 
 def write_file(path, write):
     """write(file) to a temporary file, flushed to disk and renamed: a crash leaves the old one or the new."""
-    with open(f"{path}.tmp", "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:                   # torch reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            os.unlink(f"{path}.tmp")
+        raise OSError(f"could not save {path}: {M.first_line(e)}; the checkpoint before it is unharmed. Free "
+                      f"some space, or give an --out that all hosts see, then --resume") from e
 
 
 def save_sharded(folder, trainer, **extra):
     """folder/step-S/rank-R-of-N.pt, and whole.json last: without it, or with a file missing or of another
-    size, there is no checkpoint. Then whatever else is in the folder is removed."""
+    size, there is no checkpoint. Then older ones are removed."""
     rank, world = dist.get_rank(), dist.get_world_size()
     path = os.path.join(folder, f"step-{trainer.steps_done:08}")
     patient = dist.new_group(timeout=datetime.timedelta(hours=12), backend="gloo")   # disks are slow
@@ -1036,8 +1040,8 @@ def save_sharded(folder, trainer, **extra):
               for n, t in trainer.model.named_buffers() if rank == 0}
     for name, first, p, axes in trainer.pieces():
         if all(trainer.mesh[axis][2] == 0 for axis in axes):                 # of equal copies one is enough
-            values = {k: v.detach().flatten().clone() if per_number(v, p) else v
-                      for k, v in {"weight": p, **trainer.state_of(p)}.items()}
+            values = {k: v.detach().flatten().to("cpu", copy=True) if per_number(v, p) else v
+                      for k, v in {"weight": p, **trainer.updater.state[p]}.items()}
             pieces[name] = dict(first=first, count=p.numel(), split=trainer.split.get(name), values=values)
     files = [f"rank-{r}-of-{world}.pt" for r in range(world)]
     write_file(os.path.join(path, files[rank]), lambda f: torch.save(pieces, f))
@@ -1047,38 +1051,41 @@ def save_sharded(folder, trainer, **extra):
                      shapes={n: list(shape) for n, shape in trainer.shapes.items()},
                      files={f: os.path.getsize(os.path.join(path, f)) for f in files})
         write_file(os.path.join(path, "whole.json"), lambda f: f.write(json.dumps(about).encode()))
-        for name in set(os.listdir(folder)) - {os.path.basename(path)}:
-            shutil.rmtree(os.path.join(folder, name))
+        for name in os.listdir(folder):
+            if name.startswith("step-") and name != os.path.basename(path):
+                shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
     dist.barrier(patient)
     dist.destroy_process_group(patient)
-    return path
 
 
 def checkpoints(folder):
-    """Paths of the whole ones, the newest first."""
+    """(path, what whole.json says) of the whole ones, the newest first."""
     found = []
     for name in sorted(os.listdir(folder) if os.path.isdir(folder) else (), reverse=True):
         path = os.path.join(folder, name)
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):     # not whole
             with open(os.path.join(path, "whole.json")) as f:
-                files = json.load(f)["files"]
-            if all(os.path.getsize(os.path.join(path, name)) == size for name, size in files.items()):
-                found.append(path)
+                about = json.load(f)
+            sizes = {file: os.path.getsize(os.path.join(path, file)) for file in about["files"]}
+            if sizes == about["files"] and {"step", "config", "shapes"} <= set(about):
+                found.append((path, about))
     return found
 
 
 class ShardedCheckpoint:
     """The newest whole checkpoint in a folder, read tensor by tensor; the files stay on disk (mmap)."""
     def __init__(self, folder):
-        paths = checkpoints(folder)
-        if not paths:
+        found = checkpoints(folder)
+        if not found:
             raise FileNotFoundError(f"no whole checkpoint in {folder}: make one with  "
                                     f"python zero.py --steps 100 --out {os.path.dirname(folder) or '.'}")
-        self.path = paths[0]
-        with open(os.path.join(self.path, "whole.json")) as f:
-            self.about = json.load(f)
-        self.ranks = [torch.load(os.path.join(self.path, name), "cpu", mmap=True, weights_only=True)
-                      for name in self.about["files"]]
+        self.path, self.about = found[0]
+        try:
+            self.ranks = [torch.load(os.path.join(self.path, name), "cpu", mmap=True, weights_only=True)
+                          for name in self.about["files"]]
+        except Exception as e:                             # a damaged archive fails anywhere in the reader
+            raise ValueError(f"{self.path} is damaged ({M.first_line(e)}): train afresh without --resume"
+                             ) from None
 
     def whole(self, name):
         """{"weight": the whole tensor, and the optimizer's "exp_avg", "exp_avg_sq", "step"}."""
@@ -1087,10 +1094,12 @@ class ShardedCheckpoint:
             at = positions(shape, piece["split"], piece["first"], piece["count"])
             covered += piece["count"]
             for k, v in piece["values"].items():
-                if per_number(v, piece["values"]["weight"]):
-                    found.setdefault(k, torch.empty(shape, dtype=v.dtype)).view(-1)[at] = v
-                else:
+                if not per_number(v, piece["values"]["weight"]):
                     found[k] = v
+                    continue
+                if k not in found:
+                    found[k] = torch.empty(shape, dtype=v.dtype)
+                found[k].view(-1)[at] = v
         if covered != math.prod(shape):
             raise ValueError(f"{self.path} holds {covered} numbers of {name}, not {math.prod(shape)}: "
                              f"it is damaged; train afresh without --resume")
@@ -1098,13 +1107,14 @@ class ShardedCheckpoint:
 
     @torch.no_grad()
     def load(self, trainer):
+        state = {}
         for name, first, piece, _ in trainer.pieces():
             at = positions(trainer.shapes[name], trainer.split.get(name), first, piece.numel())
             whole = self.whole(name)
-            values = {k: v.view(-1)[at].view_as(piece).to(piece.device) if per_number(v, whole["weight"])
-                      else v for k, v in whole.items()}
-            piece.copy_(values.pop("weight"))
-            trainer.state_of(piece).update(values)
+            state[piece] = {k: v.view(-1)[at].view_as(piece).clone() if per_number(v, whole["weight"]) else v
+                            for k, v in whole.items()}     # a copy: a view would keep the whole tensor
+            piece.copy_(state[piece].pop("weight"))
+        put_state(trainer.updater, state)
         for name, buffer in trainer.model.named_buffers():
             buffer.copy_(self.whole(name)["weight"])
         if isinstance(trainer.optimizer, ShardedOptimizer):
@@ -1115,8 +1125,9 @@ class ShardedCheckpoint:
     def export(self, path):
         """The one-file checkpoint, for train.py's readers: infer.py, align.py."""
         model = M.Transformer(M.ModelConfig(**self.about["config"]))
-        for name, t in named_tensors(model):
-            t.copy_(self.whole(name)["weight"])
+        weights = model.state_dict()                       # the model's own tensors
+        for name in self.about["shapes"]:
+            weights[name].copy_(self.whole(name)["weight"])
         M.save_checkpoint(path, model, None, self.about["step"], tokenizer=self.about.get("tokenizer"))
 
 
@@ -1133,8 +1144,9 @@ def state_bytes(n, stage, N, whole=0):
 def measured_state(trainer):
     """The same, from the storages that this rank holds; one that two tensors share counts once."""
     params, pieces = list(trainer.model.parameters()), [p for _, _, p, _ in trainer.pieces()]
+    state = trainer.updater.state
     kinds = {"weights": params + pieces, "gradients": [p.grad for p in params + pieces if p.grad is not None],
-             "optimizer": [v for p in pieces for v in trainer.state_of(p).values() if per_number(v, p)]}
+             "optimizer": [v for p in pieces for v in state[p].values() if per_number(v, p)]}
     sizes, seen = {}, set()
     for kind, tensors in kinds.items():
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
@@ -1162,23 +1174,34 @@ def simulate(c, stage, world, tokens=8):
         dist.destroy_process_group()
 
 
-def data_parallel_bytes(buffers, stage, N, whole=0, compute_bytes=4, micro_batches=1):
-    """Sent by a rank in a step. buffers: parameters that travel together, each padded to a multiple of N."""
-    n, m, share = sum(N * -(-b // N) for b in buffers), micro_batches, Fraction(N - 1, N)
-    return {0: 2 * share * 4 * sum(buffers), 1: 2 * share * 4 * n, 2: (m + 1) * share * 4 * n,
-            3: m * share * ((2 * compute_bytes + 4) * n + 2 * 4 * whole)}[stage]
-
-
-def tensor_parallel_bytes(c, t, sequences, whole, micro_batches=1):
-    """Sent by a rank in a step: four all-reduces of the stream a layer, one each for embedding and output
-    matrix, three numbers a token for the loss, and the gradients of what is not split."""
-    all_reduce, tokens = Fraction(2 * (t - 1), t), sequences * c.context_length
-    return all_reduce * 4 * ((4 * c.num_layers + 2) * tokens * c.d_model + 3 * tokens + micro_batches * whole)
-
-
-def pipeline_bytes(c, stage, stages, sequences):
-    """The stream to the next stage, its gradient to the one before."""
-    return ((stage < stages - 1) + (stage > 0)) * 4 * sequences * c.context_length * c.d_model
+def predict(c, layout, N, sequences, m):
+    """(bytes of weights, gradients and optimizer state, bytes sent a step) of rank 0 by the formulas, for a
+    layout of Trainer on N ranks, m micro-batches."""
+    with torch.device("meta"):
+        params = dict(M.Transformer(c).named_parameters())
+    numbers = lambda fits: sum(p.numel() for name, p in params.items() if fits(name, p))
+    n, tokens, once = numbers(lambda *_: True), sequences * c.context_length, Fraction(N - 1, N)
+    stream, norm = 4 * tokens * c.d_model, 2 * once * 24   # the stream; Trainer.step's sums, three float64
+    if "tp" in layout:
+        # All-reduces: four of the stream a layer, one each for embedding and output matrix, three numbers a
+        # token for the loss, gradients of what is not split; that of the position table is only gathered.
+        whole = numbers(lambda name, p: not split_of(name, p.shape, c, 0, N))
+        summed = numbers(lambda name, _: "_norm." in name)
+        if layout.get("sequence", True):
+            summed = whole - Fraction(numbers(lambda name, _: name == "position.weight"), 2)
+        sent = 2 * once * ((4 * c.num_layers + 2) * stream + 4 * 3 * tokens + 4 * m * summed)
+        return 16 * ((n - whole) / N + whole), norm + sent
+    if "pp" in layout:
+        later = (*(f"blocks.{i}." for i in range(-(-c.num_layers // N), c.num_layers)), "norm.", "head.")
+        return 16 * numbers(lambda name, _: not name.startswith(later)), norm + stream
+    stage, buffers, whole = layout.get("stage", 0), [n], numbers(lambda _, p: p.dim() < 2)
+    if stage == 3:                                         # a buffer a layer, of its matrices
+        unit = lambda name: name.split(".")[:2] if name.startswith("blocks.") else name
+        layers = itertools.groupby((name for name, p in params.items() if p.dim() > 1), unit)
+        buffers = [sum(params[name].numel() for name in names) for _, names in layers]
+    padded = sum(N * -(-b // N) for b in buffers)          # N equal slices of each
+    sent = {0: 2 * n, 1: 2 * padded, 2: (m + 1) * padded, 3: m * (3 * padded + 2 * whole)}[stage] * 4 * once
+    return sum(state_bytes(n, stage, N, whole).values()), norm + sent
 
 
 # --- 11. planning -------------------------------------------------------------------------------------------
@@ -1208,16 +1231,17 @@ def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute):
     blocks = kept["blocks"] / pp * min(m, pp) + block                        # 1F1B: of up to pp micro-batches
     activations = (blocks / 2 + kept["last norm"] / 2 + kept["logits"]) / tp
     gathered = 3 * 2 * n / (tp * L) if stage == 3 else 0   # this layer, the next, a gradient
-    total = sum(state_bytes(n / (tp * pp), stage, dp).values()) + activations + gathered
+    held = sum(state_bytes(n / (tp * pp), stage, dp).values()) + activations + gathered
     useful = M.train_flops(c, sequences * T)
     compute = useful * (4 / 3 if recompute else 1) / (gpus * peak * REACHED)
-    sent = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[stage] * (dp - 1) / dp * 2 * n / (tp * pp)
-    weights = sent / (far if gpus > 8 else near)
-    stream = (4 + 2 * recompute) * 2 * (tp - 1) / tp * 2 * T * D * (L / pp) * m / near
-    seconds = (max(compute, weights) + stream) * (m + pp - 1) / m            # the bubble
-    return dict(stage=stage, tp=tp, pp=pp, dp=dp, micro=m, recompute=recompute, bytes=total,
-                fits=total <= 0.9 * memory, sent=weights / compute, bubble=(pp - 1) / (m + pp - 1),
-                seconds=seconds, mfu=useful / (gpus * peak * seconds))
+    weights = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[stage] * (dp - 1) / dp * 2 * n / (tp * pp)
+    stream = (4 + 2 * recompute) * 2 * (tp - 1) / tp * 2 * T * D * (L / pp) * m
+    hidden = weights / (far if gpus > 8 else near)         # seconds
+    seconds = (max(compute, hidden) + stream / near) * (m + pp - 1) / m      # and the bubble
+    return dict(stage=stage, tp=tp, pp=pp, dp=dp, micro=m, recompute="yes" if recompute else "no",
+                held=held / 1e9, fits=held <= 0.9 * memory, sent=(weights + stream) / 1e9,
+                sending=hidden / compute, bubble=(pp - 1) / (m + pp - 1), seconds=seconds,
+                mfu=useful / (gpus * peak * seconds))
 
 
 def plan(n_params, gpus, gpu, tokens):
@@ -1225,8 +1249,8 @@ def plan(n_params, gpus, gpu, tokens):
     c, rows, powers = shape_of(n_params), [], [2**i for i in range(11)]
     sequences = max(1, round(tokens / c.context_length))
     for tp, pp, stage, recompute in itertools.product(powers[:4], powers, range(4), (False, True)):
-        fits = gpus % (tp * pp) == 0 and pp <= c.num_layers and c.num_heads % tp == 0
-        if fits and not (pp > 1 and stage > 1) and sequences % (gpus // (tp * pp)) == 0:
+        splits = gpus % (tp * pp) == 0 and pp <= c.num_layers and c.num_heads % tp == 0
+        if splits and (pp == 1 or stage < 2) and sequences % (gpus // (tp * pp)) == 0:
             rows.append(plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute))
     if not rows:
         raise ValueError(f"{sequences} sequences of {c.context_length} tokens do not split over --gpus "
@@ -1244,13 +1268,14 @@ def show_plan(args):
           f"{speed / far:,.0f} tokens a GPU on between nodes, {speed / near:,.0f} within one;\n"
           f"the sums of a feed-forward are shorter than its products up to "
           f"{1.5 * c.ffn_dim * near / speed:.0f} tensor-parallel ranks within a node")
-    M.table(f"{len(fitting)} of {len(rows)} layouts fit in {memory / 1e9:.0f} GB less a tenth; "
-            f"the best, and two that do not fit",
-            ["stage", "tp", "pp", "dp", "micro-batches", "recompute", "GB/rank", "sent/compute", "bubble",
-             "s/step", "MFU"],
-            [[str(r["stage"]), str(r["tp"]), str(r["pp"]), str(r["dp"]), str(r["micro"]),
-              "yes" if r["recompute"] else "no", f"{r['bytes'] / 1e9:.1f}", f"{r['sent']:.0%}",
-              f"{r['bubble']:.1%}", f"{r['seconds']:.2f}", f"{r['mfu']:.1%}"]
+    columns = {"stage": "stage", "tp": "tp", "pp": "pp", "dp": "dp", "micro-batches": "micro",
+               "recompute": "recompute", "GB held": "held:.1f", "GB sent": "sent:.1f",
+               "sending/computing": "sending:.0%", "bubble": "bubble:.1%", "s/step": "seconds:.2f",
+               "MFU": "mfu:.1%"}
+    M.table(f"{len(fitting)} of {len(rows)} layouts fit in {memory / 1e9:.0f} GB less a tenth; the best, and "
+            f"two that do not (GB of a rank and step; sending/computing: time for weights and gradients)",
+            list(columns),
+            [[f"{{{column}}}".format(**r) for column in columns.values()]
              for r in fitting[:10] + rows[len(fitting):][:2]])
 
 
@@ -1259,93 +1284,115 @@ def show_plan(args):
 def run_rank(job, args, store, rank, world, device="cpu", timeout=20.0, loud=False):
     """Join the group, run job(args, store), leave. The job tells the store its step/RANK. An error ends the
     process, for the others would wait; who waits longer than `timeout` seconds for another has an error."""
-    warnings.filterwarnings("ignore", message="Mismatch dtype")              # fp32 gains of a bf16 stream
     try:
         if device == "cuda":
             torch.cuda.set_device(rank % torch.cuda.device_count())
         store.set(f"step/{rank}", "0")
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=datetime.timedelta(seconds=timeout))
-        result = job(args, store)
+        job(args, store)
         if store.add("done", 1) == world:                  # nobody hangs up while another still works
             store.set("all done", "")
         store.wait(["all done"], datetime.timedelta(hours=12))
         dist.destroy_process_group()
-        return result
     except Exception as e:
-        lost = isinstance(e, dist.DistError) or "gloo" in str(e)             # a collective failed: not me
-        line, status = "" if lost else f"{type(e).__name__}: {M.first_line(e)}", 1
-        if isinstance(e, (ValueError, OSError)) and store.get(f"step/{rank}") == b"0":
-            line, status = M.first_line(e), 2              # a mistake of the user's, before the first step
-        blame(store, rank, world, line, status, loud)
-        os._exit(status)                                   # sys.exit would wait for messages under way
+        status = 1
+        try:
+            status = blame(e, store, rank, world, loud)
+        finally:                                           # in silence where the store is gone, too
+            os._exit(status)                               # sys.exit would wait for messages under way
 
 
-def blame(store, rank, world, line, status, loud):
-    """Who did it: a rank that raised, else one that says nothing. The first to come writes it, in one
-    line."""
-    store.set(f"end/{rank}", line)
-    for _ in range(0 if line else 30):                     # three seconds for the others to notice, too
-        time.sleep(0.1)
-        if all(store.check([f"end/{r}"]) for r in range(world)):
-            break
+def blame(e, store, rank, world, loud):
+    """This rank ends with error e. Who did it: a rank that raised, else one that says nothing. The first to
+    come writes that in one line -> exit status."""
+    lost = isinstance(e, dist.DistError) or "gloo" in str(e)                 # a collective failed: not me
+    user = isinstance(e, (ValueError, OSError)) and store.get(f"step/{rank}") == b"0"    # a mistake of theirs
+    text = "" if lost else M.first_line(e) if user else f"{type(e).__name__}: {M.first_line(e)}"
+    store.set(f"end/{rank}", text)
+    for _ in range(30 * lost):                             # three seconds for the others to notice, too
+        if not store.check([f"end/{r}" for r in range(world)]):
+            time.sleep(0.1)
+    ends = {r: store.get(f"end/{r}").decode() for r in range(world) if store.check([f"end/{r}"])}
+    guilty = [*(r for r in ends if ends[r]), *(r for r in range(world) if r not in ends), rank][0]
+    text = ends.get(guilty) or "does not answer: it was killed, was stopped, or hangs"
+    if not user:
+        text = f"rank {guilty} at step {store.get(f'step/{guilty}').decode()}: {text}"
     if store.add("said", 1) == 1:
-        ends = {r: store.get(f"end/{r}").decode() for r in range(world) if store.check([f"end/{r}"])}
-        silent = [r for r in range(world) if r not in ends]
-        guilty = next((r for r in ends if ends[r]), *silent[:1] or [rank])
-        what = ends.get(guilty) or "does not answer: it was killed, was stopped, or hangs"
-        step = store.get(f"step/{guilty}").decode()
-        text = what if status == 2 else f"rank {guilty} at step {step}: {what}"
         store.set("line", text)
         if loud:
             print(f"zero.py: error: {text}", file=sys.stderr, flush=True)
+    return 2 if user else 1
 
 
-def local_rank(pipe, job, args, port, rank, world, options):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C is the parent's, which ends its ranks
+def local_rank(job, args, port, rank, world, options):
+    def end_with_parent():                                 # no orphans, even of a kill -9
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)           # Ctrl-C: die in silence, the parent speaks
     torch.set_num_threads(max(1, torch.get_num_threads() // world))
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
-    pipe.send_bytes(pickle.dumps(run_rank(job, args, store, rank, world, **options)))
+    run_rank(job, args, store, rank, world, **options)
 
 
 def launch(job, world, args, **options):
-    """job(args, store) in `world` local processes -> their results; RuntimeError, or the ValueError of a
-    rank, with all of them ended. The parent holds the store, on a port that the system picks: if it dies,
-    the ranks' next store.set fails, and nobody is left behind."""
+    """job(args, store) in `world` local processes, all of which have ended afterwards; RuntimeError if one
+    was lost, or its ValueError. The parent holds the store, on a port that the system picks."""
     context = multiprocessing.get_context("forkserver")    # ranks: forks of a process that has loaded torch
     context.set_forkserver_preload(["torch"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipes, ranks, results = [], [], {}
+    ranks = [context.Process(target=local_rank, args=(job, args, store.port, rank, world, options))
+             for rank in range(world)]
     try:
-        for rank in range(world):
-            ours, theirs = context.Pipe(duplex=False)
-            ranks.append(context.Process(target=local_rank,
-                                         args=(theirs, job, args, store.port, rank, world, options)))
-            ranks[-1].start()
-            theirs.close()                                 # so that the end of the rank ends the pipe
-            pipes.append(ours)
-        while len(results) < world:
-            for pipe in multiprocessing.connection.wait([p for r, p in enumerate(pipes) if r not in results]):
-                rank = pipes.index(pipe)
-                try:
-                    results[rank] = pickle.loads(pipe.recv_bytes())
-                except EOFError:                           # it has ended without one
-                    ranks[rank].join()
-                    raise rank_lost(store, rank, ranks[rank].exitcode) from None
+        for process in ranks:
+            process.start()
+        watch(store, ranks)
+    except KeyboardInterrupt:                              # training saves and returns, all else dies
+        for process in ranks:
+            if process.is_alive():
+                os.kill(process.pid, signal.SIGINT)
+        with contextlib.suppress(RuntimeError):
+            watch(store, ranks)
+        raise
     finally:
         for process in ranks:
-            process.join(5 if len(results) == world else 0)
-            process.kill()
-            process.join()
-    return [results[rank] for rank in range(world)]
+            if process.pid:
+                process.kill()
+                process.join()
 
 
-def rank_lost(store, rank, status):
-    if status >= 0 and store.check(["line"]):
-        return (ValueError if status == 2 else RuntimeError)(store.get("line").decode())
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-    step = store.get(f"step/{rank}").decode() if store.check([f"step/{rank}"]) else "0"
-    return RuntimeError(f"rank {rank} at step {step}: {how}")
+def watch(store, ranks):
+    """Wait until all have ended, or say which was lost."""
+    running = dict(enumerate(ranks))
+    while running:
+        multiprocessing.connection.wait([process.sentinel for process in running.values()])
+        for rank in [rank for rank, process in running.items() if not process.is_alive()]:
+            status = running.pop(rank).exitcode
+            if status > 0 and store.check(["line"]):
+                raise (ValueError if status == 2 else RuntimeError)(store.get("line").decode())
+            if status:
+                step = store.get(f"step/{rank}").decode() if store.check([f"step/{rank}"]) else "0"
+                how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended: {status}"
+                raise RuntimeError(f"rank {rank} at step {step}: {how}")
+
+
+def number_of_start(store, rank, world):
+    """1, after restarts more, the same on all ranks. torchrun's own count is each host's, and its store
+    outlives a start with all that stands in it: so each rank asks under a new name, and rank 0 answers."""
+    if rank:
+        name = os.urandom(8).hex()
+        store.set(f"ask/{rank}", name)
+        number = int(store.get(f"answer/{name}"))          # waits until there is one
+        store.add(f"met/{number}", 1)
+        return number
+    number = store.add("starts", 1)
+    while store.add(f"met/{number}", 0) < world - 1:
+        for ask in [f"ask/{r}" for r in range(1, world)]:
+            if store.check([ask]):
+                store.set(f"answer/{store.get(ask).decode()}", str(number))
+        time.sleep(0.1)
+    return number
 
 
 def check_alike(facts):
@@ -1380,9 +1427,9 @@ def open_data(args, store):
         store.wait(["text"], datetime.timedelta(hours=12))
     tokenizer = bpe.load_tokenizer(os.path.join(folder, "tokenizer.json"))
     tokens = bpe.load_tokens(os.path.join(folder, "train.bin"), tokenizer)
-    if len(tokens) <= c.context_length + 1:
-        raise ValueError(f"{len(tokens):,} training tokens are not one sequence of {c.context_length}: "
-                         f"give more text, or --context_length {max(1, len(tokens) - 2)}")
+    if len(tokens) <= c.context_length:
+        raise ValueError(f"{len(tokens):,} training tokens are less than {c.context_length} + 1: give more "
+                         f"text, or --context_length {max(1, len(tokens) - 1)}")
     return tokenizer, tokens
 
 
@@ -1415,7 +1462,7 @@ def resume(trainer, folder, tokenizer):
     checkpoint, config = ShardedCheckpoint(folder), dataclasses.asdict(trainer.config)
     before = checkpoint.about["config"]
     odd = [f"{k} {before.get(k)} there, {v} here" for k, v in config.items() if before.get(k) != v]
-    odd += ["another tokenizer"] * (checkpoint.about["tokenizer"] != tokenizer.hash())
+    odd += ["another tokenizer"] * (checkpoint.about.get("tokenizer") != tokenizer.hash())
     if odd:
         raise ValueError(f"{checkpoint.path} is of another run ({'; '.join(odd[:3])}): give that run's "
                          f"flags, or drop --resume")
@@ -1424,12 +1471,12 @@ def resume(trainer, folder, tokenizer):
 
 
 def train(args, store):
-    """A run, on every rank -> the last loss. Rank 0 prints and logs; every rank writes its checkpoint
-    pieces."""
+    """A run, on every rank. Rank 0 prints and logs; every rank writes its pieces of the checkpoint. Ctrl-C
+    and SIGTERM end it after the step under way, with a checkpoint."""
     rank, folder = dist.get_rank(), os.path.join(args.out, "sharded")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
     trainer, tokenizer, tokens, share = set_up(args, store)
-    T, place, loss = trainer.config.context_length, trainer.mesh["dp"][2], None
+    T, place = trainer.config.context_length, trainer.mesh["dp"][2]
     if args.resume:
         say(resume(trainer, folder, tokenizer))
     elif rank == 0 and checkpoints(folder):
@@ -1438,28 +1485,33 @@ def train(args, store):
         say(f"note     the checkpoint of an earlier run is now in {folder}.old  (--resume would have "
             f"continued it)")
     say(f"{M.num_params(trainer.config):,} parameters on {trainer.dp} data x {args.pp} pipeline x {args.tp} "
-        f"tensor ranks, stage {args.stage}; a step: {args.batch_size} sequences x {T} tokens")
+        f"tensor ranks, stage {args.stage}, seed {args.seed}; a step: {args.batch_size} x {T} tokens")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: setattr(trainer, "asked", True))
     with open(os.path.join(args.out, "log.jsonl"), "a") if rank == 0 else contextlib.nullcontext() as log:
         for step in range(trainer.steps_done, args.steps):
-            store.set(f"step/{rank}", str(step))
+            store.set(f"step/{rank}", str(step + 1))
             begin = time.perf_counter()
             torch.manual_seed(hash((args.seed, step, place)))                # for dropout; resumable
             rows = draw(tokens, T, args.seed, step * args.batch_size + place * share, share).to(args.device)
             progress = (step + 1) / args.steps             # 2% up, then half a cosine down to a tenth
             lr = args.lr * min(1.0, progress / 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress))
             loss, norm = trainer.step(rows[:, :-1], rows[:, 1:], args.micro_batch, lr, args.clip)
-            ms, last = 1000 * (time.perf_counter() - begin), step + 1 == args.steps
+            ms = 1000 * (time.perf_counter() - begin)
+            tok_s, last = args.batch_size * T / ms * 1000, step + 1 == args.steps or trainer.stop
             if log:
-                log.write(json.dumps(dict(step=step + 1, loss=loss, gnorm=norm, lr=lr, step_ms=ms)) + "\n")
+                log.write(json.dumps(dict(step=step + 1, loss=loss, lr=lr, gnorm=norm, step_ms=ms,
+                                          tok_s=tok_s)) + "\n")
             if step % args.print_steps == 0 or last:
                 say(f"step {step + 1:>6}/{args.steps} | loss {loss:7.4f} | lr {lr:.2e} | gnorm {norm:6.2f} | "
-                    f"{ms:7.1f} ms | {args.batch_size * T / ms * 1000:>9,.0f} tok/s")
+                    f"{ms:7.1f} ms | {tok_s:>9,.0f} tok/s")
             if (step + 1) % args.save_steps == 0 or last:
                 save_sharded(folder, trainer, tokenizer=tokenizer.hash())
+            if last:
+                break
     if rank == 0:
         ShardedCheckpoint(folder).export(os.path.join(args.out, "checkpoint.pt"))
         say(f"saved {folder} (each rank its pieces) and {args.out}/checkpoint.pt (one file)")
-    return loss
 
 
 # --- 14. the lecture ----------------------------------------------------------------------------------------
@@ -1471,33 +1523,10 @@ LAYOUTS = {**{name: ({"stage": s}, 1) for s, name in enumerate(STAGES)},
            "pipeline, GPipe": ({"pp": 2, "kind": "gpipe"}, 4), "pipeline, 1F1B": ({"pp": 2}, 4)}
 
 
-def predict(c, layout, N, sequences, micro_batches):
-    """(bytes of weights, gradients and optimizer state, bytes sent a step) of rank 0, by the formulas."""
-    with torch.device("meta"):
-        params = dict(M.Transformer(c).named_parameters())
-    n, whole = (sum(p.numel() for p in params.values() if p.dim() >= least) for least in (0, 2))
-    whole, stage = n - whole, layout.get("stage", 0)       # norms and biases
-    norm = 2 * Fraction(N - 1, N) * 16                     # loss and gradient norm, two float64
-    if "tp" in layout:
-        summed = whole if layout.get("sequence", True) else 2 * c.head_dim * c.num_layers * c.qk_norm
-        return (16 * ((n - whole) / N + whole),
-                norm + tensor_parallel_bytes(c, N, sequences, summed, micro_batches))
-    if "pp" in layout:
-        later = [f"blocks.{i}." for i in range(-(-c.num_layers // N), c.num_layers)] + ["norm.", "head."]
-        here = sum(p.numel() for name, p in params.items() if not name.startswith(tuple(later)))
-        return 16 * here, norm + pipeline_bytes(c, 0, N, sequences)
-    buffers = [n]
-    if stage == 3:                                         # one a layer, of its matrices
-        unit = lambda name: name.split(".")[:2] if name.startswith("blocks.") else name
-        layers = itertools.groupby((name for name, p in params.items() if p.dim() > 1), unit)
-        buffers = [sum(params[name].numel() for name in names) for _, names in layers]
-    return (sum(state_bytes(n, stage, N, whole).values()),
-            norm + data_parallel_bytes(buffers, stage, N, whole, 4, micro_batches))
-
-
 def lecture_rank(args, store):
-    """Five steps in every layout, and by one process on the whole batch -> rows of the table."""
-    c, N, rows = args.config, dist.get_world_size(), []
+    """Five steps in every layout, and by one process on the whole batch: rank 0 prints what they held, sent
+    and differ."""
+    c, N, rank, rows = args.config, dist.get_world_size(), dist.get_rank(), []
     g = torch.Generator().manual_seed(args.seed)
     batches = torch.randint(0, c.vocab_size, (5, args.batch_size, c.context_length + 1), generator=g)
     adam = dict(lr=1e-3, eps=1e-5, fused=True)             # a smaller eps blows up rounding near gradient 0
@@ -1515,7 +1544,7 @@ def lecture_rank(args, store):
     trainers = {name: Trainer(fresh(), **layout, **adam) for name, (layout, _) in LAYOUTS.items()}
     ms, waits = ({name: [] for name in trainers} for _ in range(2))
     for step, batch in enumerate(batches):
-        store.set(f"step/{dist.get_rank()}", str(step))
+        store.set(f"step/{rank}", str(step + 1))
         for name, trainer in trainers.items():             # in turns: other work on the machine disturbs all
             mine = batch.chunk(trainer.dp)[trainer.mesh["dp"][2]]
             dist.barrier()
@@ -1525,72 +1554,54 @@ def lecture_rank(args, store):
             ms[name].append(1000 * (time.perf_counter() - begin))
             waits[name].append(1000 * trainer.pipeline.waited / ms[name][-1] if trainer.pipeline else 0)
     for name, trainer in trainers.items():
-        layout, m = LAYOUTS[name]
-        apart = [0.0] * N
-        errors = [(piece.flatten() - expected[n].detach().flatten()[
-            positions(trainer.shapes[n], trainer.split.get(n), first, piece.numel())]).abs().max().item()
-            for n, first, piece, _ in trainer.pieces()]
-        dist.all_gather_object(apart, max(errors))
+        (layout, m), error, errors = LAYOUTS[name], 0.0, [0.0] * N
+        for n, first, p, _ in trainer.pieces():
+            at = positions(trainer.shapes[n], trainer.split.get(n), first, p.numel())
+            error = max(error, (p.flatten() - expected[n].flatten()[at]).abs().max().item())
+        dist.all_gather_object(errors, error)
         mine = batches[0].chunk(trainer.dp)[trainer.mesh["dp"][2]]
         trainer.gradients(mine[:, :-1], mine[:, 1:])       # state is measured where there is most of it
-        rows.append(dict(name=name, predicted=predict(c, layout, N, args.batch_size, m), error=max(apart),
-                         state=measured_state(trainer), sent=trainer.sent.total(),
-                         ms=statistics.median(ms[name]), waits=statistics.median(waits[name]),
-                         bubble=(N - 1) / (m + N - 1)))
-    return rows
+        (held, sent), state = predict(c, layout, N, args.batch_size, m), sum(measured_state(trainer).values())
+        rows.append([name, *(f"{float(x) / 1e6:,.3f}" for x in (held, state, sent, trainer.sent.total)),
+                     f"{statistics.median(ms[name]):.0f}", f"{max(errors):.1e}"])
+    if rank == 0:
+        M.table(f"{M.num_params(c):,} parameters on {N} ranks, fp32, AdamW, {args.batch_size} sequences of "
+                f"{c.context_length} tokens a step;\nMB on rank 0, and the largest difference of a weight "
+                f"from one process after five steps",
+                ["layout", "state: predicted", "measured", "sent a step: predicted", "counted", "ms/step",
+                 "difference"], rows)
+        for name, (_, m) in list(LAYOUTS.items())[-2:]:
+            print(f"  {name}: rank 0 waits for {statistics.median(waits[name]):.0%} of a step; were both "
+                  f"stages equally long, (p-1)/(m+p-1) = {(N - 1) / (m + N - 1):.0%}")
 
 
 def lecture(args):
     args.config = M.model_config(args)
-    rows = launch(lecture_rank, 2, args, timeout=max(60.0, args.timeout))[0]
-    mb = lambda n: f"{float(n) / 1e6:,.3f}"
-    M.table(f"{M.num_params(args.config):,} parameters on 2 ranks, fp32, AdamW, {args.batch_size} sequences "
-            f"of {args.config.context_length} tokens a step;\nMB on rank 0, and the largest difference of a "
-            f"weight from one process after five steps",
-            ["layout", "state: predicted", "measured", "sent a step: predicted", "counted", "ms/step",
-             "difference"],
-            [[r["name"], mb(r["predicted"][0]), mb(sum(r["state"].values())), mb(r["predicted"][1]),
-              mb(r["sent"]), f"{r['ms']:.0f}", f"{r['error']:.1e}"] for r in rows])
-    for r in rows[-2:]:
-        print(f"  {r['name']}: rank 0 waits for {r['waits']:.0%} of a step; were both stages equally long, "
-              f"(p-1)/(m+p-1) = {r['bubble']:.0%}")
+    launch(lecture_rank, 2, args, timeout=max(60.0, args.timeout))
     big, worlds = M.ModelConfig(**M.PRESETS["llama2-7b"]), (8, 64, 1024)
     n, whole = M.num_params(big), M.count_params(big)["norms"]
-    grid = list(itertools.product(worlds, range(4)))
-    with multiprocessing.get_context("forkserver").Pool(min(4, os.cpu_count() or 1)) as pool:
-        found = pool.starmap(simulate, [(big, stage, world) for world, stage in grid], chunksize=1)
+    grid = list(itertools.product(range(4), worlds))
+    with multiprocessing.get_context("forkserver").Pool(     # Ctrl-C is this process's, which ends the pool
+            min(4, os.cpu_count() or 1), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        found = pool.starmap(simulate, [(big, *at) for at in grid], chunksize=1)
     measured = {at: sum(sizes.values()) / 1e9 for at, sizes in zip(grid, found)}
 
-    def cell(world, stage):
+    def cell(stage, world):
         predicted = sum(state_bytes(n, stage, world, whole).values()) / 1e9
-        return f"{predicted:.2f} {measured[world, stage]:.2f}{' *' if measured[world, stage] < 80 else '  '}"
+        return f"{predicted:.2f} {measured[stage, world]:.2f}{' *' if measured[stage, world] < 80 else '  '}"
     M.table(f"Llama-2 7B, {n:,} parameters: GB of state a rank, predicted and measured on simulated ranks; "
             f"* fits 80 GB", ["ranks", *STAGES],
-            [[f"{w:,}", *(cell(w, s) for s in range(4))] for w in worlds])
-    plot(os.path.join(args.out, "zero.png"), rows[:4], measured, worlds)
-
-
-def plot(path, rows, measured, worlds):
-    plt = M.pyplot()
-    if plt is None:
-        return
-    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    bottom = [0.0] * len(rows)
-    for kind in ("weights", "gradients", "optimizer"):
-        height = [r["state"][kind] / 1e6 for r in rows]
-        left.bar(STAGES, height, bottom=bottom, label=kind)
-        bottom = [b + h for b, h in zip(bottom, height)]
-    left.set(ylabel="MB on rank 0", title="measured, 2 ranks")
-    left.legend()
-    for stage, name in enumerate(STAGES):
-        right.plot(worlds, [measured[w, stage] for w in worlds], "o-", label=name)
-    right.axhline(80, color="grey", linestyle=":")
-    right.set(xscale="log", yscale="log", xlabel="ranks", ylabel="GB a rank",
-              title="Llama-2 7B; dotted: 80 GB")
-    right.legend()
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    print(f"\nsaved {path}")
+            [[f"{w:,}", *(cell(s, w) for s in range(4))] for w in worlds])
+    if plt := M.pyplot():
+        for stage, name in enumerate(STAGES):
+            plt.loglog(worlds, [measured[stage, w] for w in worlds], "o-", label=name)
+        plt.axhline(80, color="grey", linestyle=":")
+        plt.xlabel("ranks")
+        plt.ylabel("GB a rank")
+        plt.title("Llama-2 7B with AdamW: state a rank; dotted: 80 GB")
+        plt.legend()
+        plt.savefig(os.path.join(args.out, "zero.png"), dpi=120)
+        print(f"\nsaved {args.out}/zero.png")
 
 
 # --- 15. command line ---------------------------------------------------------------------------------------
@@ -1607,7 +1618,7 @@ def parse_args(argv=None):
     t("--micro_batch", type=int, default=0, help="sequences a rank takes at a time; 0: its whole share")
     t("--lr", type=float, default=1e-3, help="peak learning rate")
     t("--weight_decay", type=float, default=0.1, help="pull on all weights, times the rate")
-    t("--clip", type=float, default=1.0, help="largest l2 norm of all gradients together")
+    t("--clip", type=float, default=1.0, help="largest l2 norm of all gradients together; 0: no clipping")
     t("--seed", type=int, default=0, help="of weights and data order")
     t("--save_steps", type=int, default=100, help="steps between checkpoints")
     t("--print_steps", type=int, default=10, help="steps between lines on the screen")
@@ -1620,7 +1631,7 @@ def parse_args(argv=None):
     r("--ep", action="store_true", help="split experts over the data-parallel ranks (with --stage 0)")
     r("--dtype", choices=("fp32", "bf16"), default="fp32", help="of products, and of what FSDP gathers")
     r("--checkpoint_blocks", action="store_true", help="recompute blocks in backward: memory for time")
-    r("--device", default="auto", help="cuda or cpu; auto takes cuda where it is")
+    r("--device", choices=("auto", "cuda", "cpu"), default="auto", help="auto takes cuda where it is")
     r("--timeout", type=float, default=20.0, help="seconds others wait for a rank before it counts as lost")
     g = p.add_argument_group("planning").add_argument
     g("--plan", action="store_true", help="the best layouts for a model and a cluster, by the formulas")
@@ -1631,10 +1642,25 @@ def parse_args(argv=None):
     M.add_model_flags(p)
     args = p.parse_args(argv)
     try:
+        args.unused = unused(args, p.get_default)
         check(args)
     except ValueError as e:
         p.error(M.first_line(e))
     return args
+
+
+def unused(args, default):
+    """Flags that were given, and do nothing in this run."""
+    planning, used = {"params", "gpus", "gpu", "tokens"}, {"plan", "steps", "out"}
+    if args.plan:
+        used |= planning
+    elif args.steps:
+        idle = (("pipeline", args.pp == 1), ("world_size", "RANK" in os.environ))
+        used = set(vars(args)) - planning - {name for name, nothing in idle if nothing}
+    else:                                                  # the lecture
+        used |= {"batch_size", "seed", "timeout", "resume", "preset"}
+        used |= {f.name for f in dataclasses.fields(M.ModelConfig)}
+    return [f"--{name}" for name, value in vars(args).items() if name not in used and value != default(name)]
 
 
 def check(args):
@@ -1643,14 +1669,20 @@ def check(args):
     for name, low in least.items():
         if not low <= getattr(args, name) < math.inf:
             raise ValueError(f"--{name} {getattr(args, name)} is out of range: {low:g} or more")
-    if not args.steps and args.resume:
+    if args.seed >= 2**63:
+        raise ValueError(f"--seed {args.seed} is out of range: less than 2^63")
+    torchrun, lecture = "RANK" in os.environ, not args.steps and not args.plan
+    if lecture and args.resume:
         raise ValueError("--resume needs the number of --steps to reach: try --steps 1000")
+    if lecture and torchrun:
+        raise ValueError("the lecture (no --steps) starts its own ranks: use python, or try --steps 1000")
+    if lecture and args.batch_size % 4:
+        raise ValueError(f"--batch_size {args.batch_size} does not split into the lecture's 4 micro-batches: "
+                         f"try --batch_size 8")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if M.pick_device(args.device) not in ("cuda", "cpu"):
-        raise ValueError(f"--device {args.device} has no collectives, or is one of several: give cuda or cpu")
-    alone = args.steps and "RANK" not in os.environ        # not under torchrun, which knows better
-    if alone and args.device == "cuda" and args.world_size > torch.cuda.device_count():
+    M.pick_device(args.device)                             # raises where there is none
+    if args.steps and not torchrun and args.device == "cuda" and args.world_size > torch.cuda.device_count():
         raise ValueError(f"--world_size {args.world_size} ranks need as many GPUs, here are "
                          f"{torch.cuda.device_count()}: lower it, or give --device cpu")
     M.model_config(args)
@@ -1659,34 +1691,38 @@ def check(args):
 def run(args):
     options = dict(device=args.device, timeout=args.timeout)
     os.makedirs(args.out, exist_ok=True)
+    if args.unused and os.environ.get("RANK", "0") == "0":
+        print(f"note     {', '.join(args.unused)}: of no effect here")
     if args.plan:
         show_plan(args)
-    elif "RANK" in os.environ:                             # torchrun has started this process
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        args.resume |= restarts > 0 and bool(checkpoints(os.path.join(args.out, "sharded")))
-        store, rank, world = next(dist.rendezvous("env://"))
-        store = dist.PrefixStore(f"start {restarts}", store)                 # else with addresses of the dead
-        run_rank(train, args, store, rank, world, loud=True, **options)
-    elif args.steps:
-        launch(train, args.world_size, args, **options)
-    else:
+    elif not args.steps:
         lecture(args)
+    elif "RANK" not in os.environ:
+        launch(train, args.world_size, args, **options)
+    else:                                                  # torchrun has started this process
+        store, rank, world = next(dist.rendezvous("env://"))
+        number = number_of_start(store, rank, world)
+        store = dist.PrefixStore(f"start {number}", store)                   # else with addresses of the dead
+        if rank == 0:
+            again = number > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+            store.set("again", str(int(again and bool(checkpoints(os.path.join(args.out, "sharded"))))))
+        args.resume |= store.get("again") == b"1"
+        run_rank(train, args, store, rank, world, loud=True, **options)
 
 
 def main(argv=None):
     args = parse_args(argv)
-    status, text = 0, ""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)       # to be killed is like Ctrl-C
     try:
-        run(args)
-    except (ValueError, OSError) as e:
-        status, text = 2, f"zero.py: error: {M.first_line(e)}"
-    except RuntimeError as e:                              # a rank was lost
-        status, text = 1, f"zero.py: error: {M.first_line(e)}"
+        return run(args)
+    except (ValueError, OSError, RuntimeError) as e:       # RuntimeError: a rank was lost
+        status, text = 1 if isinstance(e, RuntimeError) else 2, f"zero.py: error: {M.first_line(e)}"
     except KeyboardInterrupt:
-        status, text = 130, "\ninterrupted: the last checkpoint is whole; --resume goes on from there"
-    if status:
-        print(text, file=sys.stderr)
-        sys.exit(status)
+        status, text = 130, "\ninterrupted" + "; --resume goes on from the last checkpoint" * bool(args.steps)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    print(text, file=sys.stderr)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

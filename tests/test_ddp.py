@@ -4,8 +4,8 @@
 Four rank processes live as long as the module: `ranks(P, f, ...)` runs f on the first P of them, in a group
 of its own, and returns what each returned. Faults kill their ranks: those tests start others with ddp.launch.
 """
-import functools, itertools, json, multiprocessing, os, pickle, random, re, shlex, signal, subprocess, sys
-import threading, time, traceback
+import functools, itertools, json, multiprocessing, os, pickle, random, re, shlex, signal, socket
+import subprocess, sys, threading, time, traceback
 from pathlib import Path
 from unittest import mock
 
@@ -94,22 +94,21 @@ def exact_loss(dtype):
     return mock.patch.object(M, "lm_loss", loss64 if dtype == torch.float64 else M.lm_loss)
 
 
+def difference(model, other):
+    return max((p - q).abs().max().item() for p, q in zip(model.parameters(), other.parameters()))
+
+
 def against_one(way, dtype, knobs, freeze="", micro=0, bucket_mb=0.005):
     """-> largest difference of weights and of gradient norms after 5 steps, on this rank."""
-    with exact_loss(dtype):
-        return compare(way, dtype, knobs, freeze, micro, bucket_mb)
-
-
-def compare(way, dtype, knobs, freeze, micro, bucket_mb):
     P, rank = dist.get_world_size(), dist.get_rank()
     single, many = make(0, dtype, **knobs), make(rank, dtype, **knobs)       # rank 0's weights are to be used
     for model in (single, many):
         for name, p in model.named_parameters():
             p.requires_grad_(not (freeze and freeze in name))
-    wrapped = D.WAYS[way](many, bucket_mb)
-    expected, got = train(single, some_ids()), train(wrapped, some_ids().chunk(P)[rank], micro=micro)
-    weights = max((p - q).abs().max().item() for p, q in zip(single.parameters(), many.parameters()))
-    return weights, max(abs(a[1] - b[1]) for a, b in zip(expected, got))
+    with exact_loss(dtype):
+        expected = train(single, some_ids())
+        got = train(D.WAYS[way](many, bucket_mb), some_ids().chunk(P)[rank], micro=micro)
+    return difference(single, many), max(abs(a[1] - b[1]) for a, b in zip(expected, got))
 
 
 @pytest.mark.parametrize("P", WORLDS)
@@ -170,31 +169,32 @@ def test_parameters_used_by_some_or_by_nobody(ranks, way, bucket_mb):
                     close(g, e)
 
 
-def raised(way, case):
-    net = D.WAYS[way](Branches())
-    x = torch.ones(3, dtype=torch.float64)
+def refused(f, *args):
+    """What f says when it refuses, on this rank."""
     try:
-        if case == "unused":
-            net(x, 0).backward()
-            net.finish_gradient_synchronization()
-        else:
-            loss = sum(net(x, i) for i in range(3))
-            loss.backward(retain_graph=True)
-            loss.backward()
+        f(*args)
     except (ValueError, RuntimeError) as e:
-        net.works = []
-        return f"{type(e).__name__}: {e}"
+        return str(e)
+
+
+def used_wrongly(way, case):
+    net, x = D.WAYS[way](Branches()), torch.ones(3, dtype=torch.float64)
+    try:
+        loss = net(x, 0) if case == "unused" else sum(net(x, i) for i in range(3))
+        loss.backward(retain_graph=True)
+        if case == "twice":
+            loss.backward()
+        net.finish_gradient_synchronization()
+    finally:
+        net.works = []                                     # not to outlive the group
 
 
 @pytest.mark.parametrize("way", D.WAYS)
-def test_an_unused_parameter_without_the_flag_is_named(ranks, way):
-    assert all("ValueError: 4 parameters have no gradient, branch.1.weight" in text
-               for text in ranks(2, raised, way, "unused"))
-
-
-def test_two_backward_passes_without_no_sync_are_refused(ranks):
-    for way in ("overlapped", "bucketed"):
-        assert all("no_sync" in text for text in ranks(1, raised, way, "twice"))
+def test_an_unused_parameter_or_a_second_backward_pass_is_refused(ranks, way):
+    assert all(text.startswith("4 parameters have no gradient, branch.1.weight is the first")
+               for text in ranks(2, refused, used_wrongly, way, "unused"))
+    if way in ("overlapped", "bucketed"):
+        assert "no_sync" in ranks(1, refused, used_wrongly, way, "twice")[0]
 
 
 def buffers_and_weights():
@@ -259,14 +259,8 @@ def test_rings_equal_torch_and_send_what_the_formula_says(ranks, P, n):
 
 
 def test_a_ring_needs_equal_parts(ranks):
-    assert ranks(2, indivisible) == ["7 numbers do not split into 2 parts: pad them"] * 2
-
-
-def indivisible():
-    try:
-        D.ring_all_reduce(torch.ones(7))
-    except ValueError as e:
-        return str(e)
+    texts = ranks(2, refused, D.ring_all_reduce, torch.ones(7))
+    assert texts == ["7 numbers do not split into 2 parts: pad them"] * 2
 
 
 def attention(way, shape, dtype):
@@ -310,7 +304,7 @@ def split_model(way, batch, knobs):
     with exact_loss(torch.float64):
         train(single, some_ids(batch))
         train(D.BucketedDDP(many, 0.005), some_ids(batch).chunk(lanes)[lane], positions=positions)
-    return max((p - q).abs().max().item() for p, q in zip(single.parameters(), many.parameters()))
+    return difference(single, many)
 
 
 @pytest.mark.parametrize("way", ["ring", "ulysses"])
@@ -330,40 +324,32 @@ def test_zigzag_is_a_partition_and_balanced(C):
     held = [D.my_positions(r, C, T, True) for r in range(C)]
     assert sorted(torch.cat(held).tolist()) == list(range(T))
     n = T // C
-
-    def work(r):
-        """Scores that rank r computes; on the diagonal a kernel skips what is masked."""
-        total = 0
-        for j in range(C):
+    for r in range(C):
+        pairs = 0
+        for j in range(C):                                 # exactly the pairs that the causal mask allows
+            seen = torch.zeros(n, n, dtype=torch.bool)
             queries, keys, causal = D.visible(r, j, n)
-            total += n * (n + 1) // 2 if causal else len(range(n)[queries]) * len(range(n)[keys])
-        return total
-    assert {work(r) for r in range(C)} == {T * (T + 1) // 2 // C}            # all pairs s <= t, evenly
-    for r, j in itertools.product(range(C), repeat=2):     # exactly the pairs that the causal mask allows
-        seen = torch.zeros(n, n, dtype=torch.bool)
-        queries, keys, causal = D.visible(r, j, n)
-        seen[queries, keys] = True
-        seen = seen.tril() if causal else seen
-        assert torch.equal(seen, held[r][:, None] >= held[j][None])
+            seen[queries, keys] = True
+            seen = seen.tril() if causal else seen
+            assert torch.equal(seen, held[r][:, None] >= held[j][None])
+            pairs += seen.sum().item()
+        assert pairs == T * (T + 1) // 2 // C              # and as many on every rank
 
 
-def test_sequences_that_cannot_be_split_are_refused(ranks):
-    assert ranks(3, refusals) == [[
-        "a sequence of 10 tokens does not split into 6 pieces for 3 ranks: try --context_length 6",
-        "4 key/value heads do not split among 3 ranks: use --attention ring, or --sequence_ranks 1",
-        *["--sequence_ranks splits plain causal attention alone: drop it, or --mixer, --layers, --mtp, "
-          "--window and --attn_softcap"] * 3]] * 3
+def split(way, knobs):
+    D.split_sequences(make(**knobs), dist.group.WORLD, way)
 
 
-def refusals():
-    texts = []
-    for knobs, way in ((dict(context_length=10), "ring"), ({}, "ulysses"), (dict(window=4), "ring"),
-                       (dict(attn_softcap=5.0), "ring"), (dict(mixer="linear"), "ring")):
-        try:
-            D.split_sequences(make(**knobs), dist.group.WORLD, way)
-        except ValueError as e:
-            texts.append(str(e))
-    return texts
+@pytest.mark.parametrize("way, knobs, text", [
+    ("ring", dict(context_length=10), "a sequence of 10 tokens does not split into 6 pieces for 3 ranks: "
+                                      "try --context_length 6"),
+    ("ulysses", {}, "4 key/value heads do not split among 3 ranks: use --attention ring, or "
+                    "--sequence_ranks 1"),
+    *(("ring", knobs, "--sequence_ranks splits plain causal attention alone: drop it, or --mixer, --layers, "
+                      "--mtp, --window and --attn_softcap")
+      for knobs in (dict(window=4), dict(attn_softcap=5.0), dict(mixer="linear"), dict(mtp=1)))])
+def test_sequences_that_cannot_be_split_are_refused(ranks, way, knobs, text):
+    assert ranks(3, refused, split, way, knobs) == [text] * 3
 
 
 def test_every_window_once_an_epoch_and_the_same_for_any_number_of_ranks():
@@ -374,7 +360,7 @@ def test_every_window_once_an_epoch_and_the_same_for_any_number_of_ranks():
     assert not torch.equal(epoch, D.batch(tokens, T, 11, 11, seed=3))        # another order in the next
     parts = [D.batch(tokens, T, i, 4, 3) for i in (0, 4, 8)]
     assert torch.equal(torch.cat(parts), D.batch(tokens, T, 0, 12, 3))
-    with pytest.raises(ValueError, match="5 tokens are less than a context of 5: try --context_length 4"):
+    with pytest.raises(ValueError, match="5 tokens are not a context of 5 and one .* --context_length 4"):
         D.batch(tokens[:5], T, 0, 1, 0)
 
 
@@ -456,6 +442,7 @@ def test_buckets_hide_behind_backward(ranks, tmp_path):
     for _, first_message, last_matmul, messages in (f["bucketed"] for f in found):
         assert first_message < last_matmul and 5 < messages < 57
     assert max(f["bucketed"][0] for f in found) >= 0.6
+    assert D.hidden_share({"backward": [(0, 9)], "messages": []}) == 0       # one rank sends none
 
 
 # --- 5. faults, files, the command line ---------------------------------------------------------------------
@@ -493,19 +480,21 @@ def test_a_lost_rank_is_named_and_all_end(kind, error, text):
 
 
 def fine(watch, value):
-    return dist.get_rank(), value, torch.get_num_threads()
+    return [dist.get_rank(), value, torch.get_num_threads()]
 
 
 def test_launch_returns_what_the_ranks_return():
-    assert D.launch(fine, 3, "x") == [(r, "x", 1) for r in range(3)]
+    assert D.launch(fine, 3, "x") == [[r, "x", 1] for r in range(3)]
 
 
 def unlike(watch):
-    D.check_alike({"flag": 3, "code": "abc" if watch.rank != 2 else "abd"})
+    """Other code may have other flags."""
+    D.check_alike({"flag": 3, "code": "abc"} if watch.rank != 2 else {"code": "abd", "new flag": 1})
 
 
 def test_unlike_ranks_are_named():
-    with pytest.raises(ValueError, match="^the ranks differ: rank 2 has code 'abd', rank 0 'abc'$"):
+    with pytest.raises(ValueError, match="^the ranks differ: rank 2 has flag None, rank 0 3; "
+                                         "rank 2 has code 'abd', rank 0 'abc'$"):
         D.launch(unlike, 3)
 
 
@@ -542,9 +531,26 @@ def undisturbed(data, tmp_path_factory):
     return out
 
 
+def held_out(data, out):
+    """By the definition: nats a token over all whole windows of val.bin, without dropout."""
+    ids, model = bpe.load_tokens(data / "val.bin"), M.load_model(out / "checkpoint.pt")
+    T = model.config.context_length
+    ids = D.windows(ids, T, range((len(ids) - 1) // T))
+    return M.lm_loss(model(ids[:, :-1]), ids[:, 1:])[0].item()
+
+
+def test_held_out_text_is_read_without_dropout(data, tmp_path):
+    assert command("--data", data, "--out", tmp_path, *SMALL, "--steps", 2, "--dropout", 0.5,
+                   "--world_size", 1) == 0
+    val = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert val["val_loss"] == pytest.approx(held_out(data, tmp_path), abs=1e-5)
+
+
 def test_a_run_leaves_a_checkpoint_and_a_log(data, undisturbed):
     log = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in log] == list(range(1, 9)) and log[-1]["loss"] < log[0]["loss"]
+    train, val = log[:-1], log[-1]
+    assert [r["step"] for r in train] == list(range(1, 9)) and train[-1]["loss"] < train[0]["loss"]
+    assert val["kind"] == "val" and val["val_loss"] == pytest.approx(held_out(data, undisturbed), abs=1e-5)
     model = M.load_model(undisturbed / "checkpoint.pt")    # as infer.py and train.py read it
     assert M.generate(model, [1], 3, temperature=0)
     assert M.load_checkpoint(undisturbed / "checkpoint.pt")["tokenizer"] == bpe.load_tokenizer(
@@ -581,9 +587,10 @@ KILLED_ONCE = """
 import os, sys, signal
 sys.path.insert(0, {root!r})
 import ddp
-step = ddp.Run.step
+step, killed = ddp.Run.step, {killed!r}
 def dies(run, number, *rest):
-    if number == 5 and run.rank == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if number == 5 and run.rank == 1 and not os.path.exists(killed):
+        open(killed, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return step(run, number, *rest)
 ddp.Run.step = dies
@@ -591,14 +598,26 @@ ddp.main()
 """
 
 
-def test_torchrun_restarts_a_killed_rank_and_ends_with_the_same_weights(data, undisturbed, tmp_path):
+def test_torchrun_restarts_a_killed_rank_and_ends_with_the_same_weights(data, undisturbed, tmp_path, hosts=2):
+    """Two torchruns, as on two hosts, which count their restarts apart."""
     script = tmp_path / "killed.py"
-    script.write_text(KILLED_ONCE.format(root=str(ROOT)))
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                          "--max-restarts=3", script, "--data", data, "--out", tmp_path / "o", *SMALL],
-                         capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    assert run.stderr.count("killed.py: rank 1 at step 5 does not answer: it was killed or stopped\n") == 1
+    script.write_text(KILLED_ONCE.format(root=str(ROOT), killed=str(tmp_path / "killed")))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    torchruns = [subprocess.Popen([
+        sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts}", f"--nproc_per_node={2 // hosts}",
+        "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--max-restarts=3", script,
+        "--data", data, "--out", tmp_path / "o", *SMALL], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True) for _ in range(hosts)]
+    try:
+        errors = "".join(torchrun.communicate(timeout=300)[1] for torchrun in torchruns)
+    finally:
+        for torchrun in torchruns:
+            torchrun.kill()
+    assert all(torchrun.returncode == 0 for torchrun in torchruns), errors
+    assert errors.count("killed.py: rank 1 at step 5 does not answer: it was killed or stopped\n") == 1
+    assert M.load_checkpoint(tmp_path / "o" / "checkpoint.pt")["step"] == 8
+    assert not (tmp_path / "o" / "checkpoint.old.pt").exists()               # it went on from step 3
     expected, got = weights(undisturbed), weights(tmp_path / "o")
     assert all(torch.equal(expected[k], got[k]) for k in expected)
 
@@ -619,14 +638,30 @@ def test_a_rank_does_not_outlive_who_started_it():
     ours, theirs = context.Pipe()
     holder = context.Process(target=hold_store, args=(theirs,), daemon=True)
     holder.start()
-    rank = context.Process(target=D.local_rank_main, daemon=True,
-                           args=(theirs, sleep, (), ours.recv(), 0, 1, 1, {}))
+    port = ours.recv()
+    rank = context.Process(target=D.local_rank_main, daemon=True, args=(0, sleep, (), port, 1, 1, {}))
     rank.start()
-    rank.join(2)
-    assert rank.is_alive()
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    wait_until(lambda: store.check(["beat/0"]), 60)        # it has found the store, and lives
     holder.kill()
     rank.join(30)
     assert rank.exitcode == 1
+
+
+def test_ctrl_c_ends_ranks_that_save_nothing():
+    """The terminal tells them, too: some have gone when the parent's signal comes."""
+    children = len(multiprocessing.active_children())
+
+    def press():
+        wait_until(lambda: len(multiprocessing.active_children()) == children + 2, 60)
+        first = min(process.pid for process in multiprocessing.active_children())
+        time.sleep(2)
+        for pid in (first, os.getpid()):
+            os.kill(pid, signal.SIGINT)
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        D.launch(sleep, 2)
+    assert len(multiprocessing.active_children()) == children
 
 
 def wait_until(condition, seconds):
@@ -636,12 +671,13 @@ def wait_until(condition, seconds):
         time.sleep(0.05)
 
 
-def test_ctrl_c_saves_and_ends_with_130(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_kill_save_and_end_with_130(data, tmp_path, number):
     def press():
         wait_until(lambda: (tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text(), 60)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
     threading.Thread(target=press, daemon=True).start()
-    assert command("--data", data, "--out", tmp_path, *SMALL, "--steps", "100000") == 130
+    assert command("--data", data, "--out", tmp_path, *SMALL, "--steps", 100_000, "--seed", 2**62) == 130
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert M.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == log[-1]["step"]
 
@@ -654,7 +690,10 @@ def test_ctrl_c_saves_and_ends_with_130(data, tmp_path):
     ("--steps 3 --batch_size 6 --micro_batch 2",
      "a share of 3 sequences is not a multiple of --micro_batch 2: try --micro_batch 1"),
     ("--stepss 3", "unrecognized arguments: --stepss 3"),
-    ("--bench_collectives x", "argument --bench_collectives: invalid"),
+    ("--bench_collectives 1,x", "argument --bench_collectives: invalid megabytes value"),
+    ("--bench_collectives 1,0", "argument --bench_collectives: invalid megabytes value"),
+    ("--device mps", "argument --device: invalid choice: 'mps'"),
+    ("--seed 9999999999999999999", "--seed 9999999999999999999 is out of range"),
     ("--d_model 31 --num_heads 2", "d_model=31 is not divisible by num_heads=2"),
 ])
 def test_mistakes_on_the_command_line_are_one_line(flags, text, capsys):
@@ -665,14 +704,26 @@ def test_mistakes_on_the_command_line_are_one_line(flags, text, capsys):
 
 
 def test_mistakes_in_files_are_one_line(data, undisturbed, tmp_path, capsys):
-    flags = ["--data", data, "--out", undisturbed, *SMALL, "--resume"]
-    assert command(*flags, "--lr", "0.1") == 2
-    assert "was made with lr 0.003, not 0.1" in capsys.readouterr().err
-    assert command("--data", tmp_path / "nothing", "--out", tmp_path, *SMALL) == 2
-    assert "nothing" in capsys.readouterr().err
-    assert command("--data", data, "--out", tmp_path, *SMALL, "--resume") == 2
-    err = capsys.readouterr().err
-    assert "no checkpoint at" in err and err.count("\n") == 1
+    def says(text, *flags):
+        assert command(*SMALL, *flags) == 2
+        err = capsys.readouterr().err
+        assert text in err and err.count("\n") == 1
+    says("was made with lr 0.003, not 0.1", "--data", data, "--out", undisturbed, "--resume", "--lr", "0.1")
+    says("was made with rope_theta 10000.0, not 500.0", "--data", data, "--out", undisturbed, "--resume",
+         "--rope_theta", "500")                            # weights of one shape, another model
+    says("nothing", "--data", tmp_path / "nothing", "--out", tmp_path)
+    says("no checkpoint at", "--data", data, "--out", tmp_path, "--resume")
+    says("val.bin", "--data", data, "--out", tmp_path, "--context_length", 10_000)
+
+
+def test_flags_without_effect_are_told():
+    def told(*flags):
+        return D.without_effect(D.parse_args([*flags]), D.make_parser())
+    assert told() == told("--steps", "3", "--lr", "1") == []
+    assert told("--bench_collectives", "1", "--device", "cpu") == []
+    assert told("--steps", "3", "--way", "flat", "--bucket_mb", "1") == ["--bucket_mb"]
+    assert set(told("--preset", "gpt2", "--num_layers", "8", "--device", "cpu")) == {
+        "--device", "--preset", "--num_layers"}
 
 
 def test_the_docstrings_commands_parse(monkeypatch):

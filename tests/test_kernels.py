@@ -4,6 +4,7 @@ and the runner of tests/gpu.py, which does the rest on a GPU.
 """
 import contextlib, json, math, os, re, shlex, subprocess, sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -77,16 +78,10 @@ CORRECTED = {"cast_impl": corrected_cast(ORIGINAL["cast_impl"]),
 
 @contextlib.contextmanager
 def interpreter(methods):
-    before = {name: getattr(InterpreterBuilder, name) for name in methods}
-    for name, method in methods.items():
-        setattr(InterpreterBuilder, name, method)
-    K.interpreter_knows_bf16.cache_clear()
-    try:
-        yield
-    finally:
-        for name, method in before.items():
-            setattr(InterpreterBuilder, name, method)
+    with patch.multiple(InterpreterBuilder, **methods):
         K.interpreter_knows_bf16.cache_clear()
+        yield
+    K.interpreter_knows_bf16.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -161,6 +156,40 @@ def test_inputs_that_are_not_contiguous():
           lambda x, w: (F.rms_norm(2 * x.T, w.shape, w, 1e-5), 2 * x.T), [x, w])
     agree(lambda a, b: K.matmul(a.T, b.T), lambda a, b: a.T @ b.T,
           [t.detach() for t in leaves((40, 12), (33, 40))])
+    q, scale = K.quantize(torch.randn(20, 128))
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(K.low_bit_linear(x, q[::2], scale[::2]), K.low_bit_linear(x, q, scale)[:, ::2])
+
+
+def test_no_rows_and_no_tokens():
+    """Nothing in, nothing out; not the division by zero or the empty descriptor that a launch would meet."""
+    nothing, w = torch.zeros(0, 64, requires_grad=True), torch.ones(64)
+    for y in (K.gelu(nothing), K.swiglu(nothing, nothing), K.softmax(nothing), K.rms_norm(nothing, w)):
+        assert y.shape == (0, 64)
+        assert torch.autograd.grad(y.sum(), nothing)[0].shape == (0, 64)
+    for y in (K.linear(nothing, torch.zeros(8, 64)), K.matmul(nothing, torch.zeros(64, 8)),
+              K.low_bit_linear(torch.zeros(0, 128), *K.quantize(torch.zeros(8, 128))),
+              K.grouped_linear(nothing, torch.zeros(2, 8, 64), torch.zeros(2, dtype=torch.int32))):
+        assert y.shape == (0, 8)
+
+
+def test_rows_far_apart():
+    """The last tokens start beyond 2^31 numbers: an offset in 32 bits would wrap. (The memory between is
+    never touched, so the system never provides it.)"""
+    T, far = 131, 2**24 - 16
+    try:
+        memory = torch.empty(T * far, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("this system does not promise 4 GB that are not used")
+    x = memory.as_strided((1, T, 1, 16), (T * far, far, 16, 1)).copy_(torch.randn(1, T, 1, 16))  # (B,T,N,H)
+    near, table = x.clone(memory_format=torch.contiguous_format), K.rope_table(torch.arange(T), 16)
+    assert torch.equal(K.rope(x, *table), K.rope(near, *table))
+    assert torch.equal(K.matmul(near[0, :3, 0], x[0, :, 0].T), K.matmul(near[0, :3, 0], near[0, :, 0].T))
+    results = []
+    for heads in (x.transpose(1, 2).requires_grad_(), near.transpose(1, 2).requires_grad_()):
+        y = K.attention(heads, heads, heads)
+        results.append((y, *torch.autograd.grad(y.sum(), heads)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 @pytest.mark.parametrize("x", [100.0, 12.0, -12.0, -100.0])
@@ -190,6 +219,9 @@ def test_rope(heads, H):
     cos, sin = K.rope_table(at, H)
     agree(lambda x: K.rope(x, cos, sin),
           lambda x: M.apply_rope(x.transpose(1, 2), at[:, None]).transpose(1, 2), leaves((2, 7, heads, H)))
+    x, = leaves((2, 7, heads, H))
+    spread = [t.repeat_interleave(2, -1)[..., ::2] for t in (cos, sin)]      # the same, not side by side
+    assert torch.equal(K.rope(x, *spread), K.rope(x, cos, sin))
 
 
 def test_rope_in_place_on_queries_and_keys_of_the_projection():
@@ -248,7 +280,7 @@ def test_logits_are_overwritten_and_a_second_backward_pass_fails():
 
 def fused(x, w, t, smoothing=0.0, z_loss=0.0, chunk=16):
     """The objective, in chunks that are small enough for the interpreter."""
-    return K.LinearCrossEntropy.apply(x, w, t, (-100, smoothing, z_loss), chunk)[0]
+    return K.LinearCrossEntropy.apply(x, w, t, (-100, smoothing, z_loss), chunk, True)[0]
 
 
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.1, 1e-2)])
@@ -270,6 +302,15 @@ def test_linear_cross_entropy_tells_the_loss_without_z_and_scales_its_gradient()
     assert objective > plain and not plain.requires_grad
     agree(lambda x, w: 7 * K.linear_cross_entropy(x, w, t)[0],
           lambda x, w: 7 * F.cross_entropy((x @ w.T).flatten(0, 1), t.flatten()), [x, w])
+
+
+def test_linear_cross_entropy_makes_gradients_only_where_they_are_wanted(monkeypatch):
+    x, w = leaves((5, 16), (100, 16))
+    monkeypatch.setattr(K, "cross_entropy_backward", None)                   # a call would raise
+    with torch.no_grad():
+        K.linear_cross_entropy(x, w, torch.randint(0, 100, (5,)))
+    with pytest.raises(TypeError):
+        K.linear_cross_entropy(x, w, torch.randint(0, 100, (5,)))
 
 
 def test_no_tensor_is_as_large_as_the_logits():
@@ -550,12 +591,21 @@ def test_docstring_commands_parse():
 
 @pytest.mark.parametrize("words, says", [
     ("--nope", "unrecognized arguments"), ("--only nothing", "is no case"),
-    ("--batch_size 0", "is out of range"), ("--compile_repor", "unrecognized")])
+    ("--batch_size 0", "is out of range"), ("--compile_repor", "unrecognized"),
+    ("--profile --end_to_end", "not allowed with")])
 def test_bad_flags_are_one_line(words, says, capsys):
     with pytest.raises(SystemExit) as stop:
         K.parse_args(words.split())
     err = capsys.readouterr().err
     assert stop.value.code == 2 and says in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, ignored", [
+    ("--preset gpt2", ["preset"]), ("--compile_report --device cpu --only softmax", ["device"]),
+    ("--profile --all --window 9", ["all"]), ("--end_to_end --batch_size 2 --qk_norm", []), ("", [])])
+def test_flags_that_do_nothing_are_told(words, ignored, capsys):
+    K.parse_args(words.split())
+    assert re.findall(r"note: --(\w+) is ignored", capsys.readouterr().out) == ignored
 
 
 def test_bad_values_are_one_line(capsys):
@@ -569,23 +619,30 @@ BAD = {"older": (lambda: K.gelu(z(3, dtype=torch.int64)), "int64 is not supporte
        "float64": (lambda: K.attention(*[z(1, 8, 16, dtype=torch.float64)] * 3), "float64 is not supported"),
        "devices": (lambda: K.swiglu(z(3), z(3, device="meta")), "move them to one device"),
        "shapes": (lambda: K.swiglu(z(3), z(4)), "give two alike"),
-       "gain": (lambda: K.rms_norm(z(3, 4), z(3)), r"shape \(4,\)"),
-       "wide": (lambda: K.rms_norm(z(1, 20000), z(20000)), "at most 16384"),
+       "gain": (lambda: K.rms_norm(z(3, 4), z(3)), "as long as a row"),
+       "wide": (lambda: K.rms_norm(z(1, 20000), z(20000)), "1 to 16384"),
        "residual": (lambda: K.add_rms_norm(z(3, 4), z(2, 4), z(4)), "give two alike"),
+       "rows": (lambda: K.softmax(z(3, 0)), "one number or more"),
        "rope": (lambda: K.rope(z(1, 2, 3, 5), z(2, 2), z(2, 2)), "H even"),
-       "targets": (lambda: K.cross_entropy(z(3, 4), z(3)), "give int64"),
+       "rope table": (lambda: K.rope(z(2, 3, 1, 4), z(1, 3, 2), z(1, 3, 2)), "tables"),
+       "targets": (lambda: K.cross_entropy(z(3, 4), z(3)), "targets in int64"),
        "reduction": (lambda: K.cross_entropy(z(3, 4), z(3).long(), reduction="max"), "choose mean, sum or"),
        "head dim": (lambda: K.attention(*[z(1, 8, 300)] * 3), "16 to 256"),
        "heads": (lambda: K.attention(z(1, 3, 8, 16), z(1, 2, 8, 16), z(1, 2, 8, 16)), "N a multiple of K"),
        "window": (lambda: K.attention(*[z(1, 8, 16)] * 3, False, 4), "look back only"),
        "scales": (lambda: K.linear(*[z(8, 16).to(torch.float8_e4m3fn)] * 2), "both scales"),
+       "scale": (lambda: K.linear(*[z(8, 16).to(torch.float8_e4m3fn)] * 2, z(8), z(1)), "one number a row"),
+       "no scales": (lambda: K.linear(*[z(8, 16)] * 2, z(8), z(8)), "other types none"),
        "matmul": (lambda: K.matmul(z(3, 4), z(3, 4)), r"give \(M,K\) and \(K,N\)"),
        "linear": (lambda: K.linear(z(3, 5), z(8, 5)), "multiple of 16 bytes"),
        "bits": (lambda: K.quantize(z(3, 100)), "columns in 128s"),
        "low bit": (lambda: K.low_bit_linear(z(1, 128), *K.quantize(z(3, 256))), "quantize"),
        "experts": (lambda: K.grouped_linear(z(3, 4), z(2, 5, 4), torch.tensor([1, 3])), "int32"),
        "adamw": (lambda: K.adamw_(z(3), z(3), z(3), z(4), 1, 0.1), "of one length"),
-       "fused": (lambda: K.linear_cross_entropy(z(3, 4), z(5, 6), z(3).long()), r"give w \(V, 4\)")}
+       "adamw low": (lambda: K.adamw_(*[z(3)] * 4, 1, 0.1, low=z(6)[::2]), "contiguous"),
+       "adamw step": (lambda: K.adamw_(*[z(3)] * 4, 0, 0.1), "steps from 1"),
+       "fused": (lambda: K.linear_cross_entropy(z(3, 4), z(5, 6), z(3).long()), r"give w \(V, 4\)"),
+       "elsewhere": (lambda: K.cross_entropy(z(3, 4), z(3, device="meta").long()), "move them to one device")}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -602,13 +659,16 @@ def test_a_cpu_tensor_without_the_interpreter(monkeypatch):
         K.gelu(z(3))
 
 
-def test_an_old_gpu_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+@pytest.mark.parametrize("capability, says", [((7, 5), "older than sm_80"), ((9, 0), "set_device\\(1\\)")])
+def test_a_gpu_that_cannot_be_used_is_refused(capability, says, monkeypatch):
+    """Too old; or not the current one, on which triton would launch with the other's addresses."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     class OnGPU:
-        device, dtype, shape = torch.device("cuda"), torch.float32, (3,)
-    with pytest.raises(ValueError, match="older than sm_80"):
+        device, dtype, shape = torch.device("cuda:1"), torch.float32, (3,)
+    with pytest.raises(ValueError, match=says):
         K.check(OnGPU())
 
 
@@ -621,31 +681,53 @@ def test_without_triton(tmp_path):
     assert run.returncode == 2 and "made for Linux" in run.stderr and run.stderr.count("\n") == 1
 
 
-def test_the_gpu_runner_survives_its_checks(tmp_path):
-    """One is wrong, one raises, one kills the process: the others are done, the report is whole."""
-    script = tmp_path / "run.py"
-    script.write_text(f"""import os, sys
+RUNNER = f"""import os, sys, time
 sys.path[:0] = [{str(ROOT / "tests")!r}, {str(ROOT)!r}]
 import gpu, torch
 torch.cuda.synchronize = torch.cuda.empty_cache = lambda *_: None
 torch.cuda.is_available, torch.cuda.get_device_name = lambda: True, lambda *_: "pretended"
 gpu.__file__ = __file__
 gpu.PARTS.clear()
-@gpu.part(60)
+@gpu.part(60, processes=2)
 def some():
     yield "good", lambda: {{"ms": 1.5}}
     yield "wrong", lambda: {{"error": 3.0, "ok": False}}
     yield "raises", lambda: 1 / 0
     yield "dies", lambda: os._exit(7)
     yield "after", lambda: {{"ms": 2.5}}
+@gpu.part(20)
+def slow():
+    yield "hangs", lambda: time.sleep(600)
 sys.exit(gpu.main())
-""")
-    run = subprocess.run([sys.executable, script, "--out", tmp_path], capture_output=True, text=True)
-    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+"""
+
+
+def run_gpu_runner(folder, *words):
+    (folder / "run.py").write_text(RUNNER)
+    run = subprocess.run([sys.executable, folder / "run.py", "--out", folder, *words], capture_output=True,
+                         text=True)
+    results = json.loads((folder / "gpu.json").read_text())["results"]
+    return run, {r["check"]: r["status"] for r in results}
+
+
+def test_the_gpu_runner_survives_its_checks(tmp_path):
+    """One is wrong, one raises, one kills the process: the others are done, the report is whole."""
+    run, status = run_gpu_runner(tmp_path, "--only", "some")
     assert run.returncode == 1, run.stderr
-    assert {r["check"]: r["status"] for r in results} == {"good": "ok", "wrong": "WRONG", "raises": "FAILED",
-                                                         "dies": "FAILED", "after": "ok"}
+    assert status == {"good": "ok", "wrong": "WRONG", "raises": "FAILED", "dies": "FAILED", "after": "ok"}
     assert "2 of 5 checks passed" in run.stdout and "| after | 2.5 |" in run.stdout
+
+
+def test_the_gpu_runner_ends_what_hangs(tmp_path):
+    run, _ = run_gpu_runner(tmp_path, "--only", "slow", "--minutes", "0.2")
+    assert run.returncode == 1 and "the limit of this part" in run.stdout
+
+
+def test_the_leaderboard_step_runs_small():
+    sys.path.insert(0, str(ROOT / "tests"))
+    import gpu
+    result = gpu.full_step(M.ModelConfig(**{**TINY, "num_layers": 1}), 1, "cpu", torch.float32)
+    assert result["ok"] and result["parameters"] == M.num_params(M.ModelConfig(**{**TINY, "num_layers": 1}))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,10 +1,10 @@
-"""Tests of model.py: (1) equal to a naive oracle, (2) to torch and published figures, (3) invariants,
-(4) accounting, (5) checkpoints, the command line and bad input.
+"""Tests of model.py's plain model: (1) equal to a naive oracle, (2) to torch and published figures,
+(3) invariants (those of every variant are in test_mixers.py), (4) accounting, (5) checkpoints, (6) bad input.
 
 The oracle of the whole model, `reference`, is written here in float64 numpy with loops over heads and queries
 and real arithmetic: it shares no line with model.py, so it cannot share a mistake with it.
 """
-import io, itertools, json, math, os, pickle, random, re, resource, shlex, subprocess, sys
+import io, itertools, math, os, pickle, random, re, resource, subprocess, sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -23,9 +23,9 @@ close = torch.testing.assert_close
 FP32, BF16 = dict(atol=1e-5, rtol=1e-5), dict(atol=2e-2, rtol=2e-2)
 T, V = 11, 53
 BASE = dict(vocab_size=V, context_length=16, d_model=24, num_layers=2, num_heads=4, d_ff=40, init="glorot")
-VARIANTS = [dict(), dict(qk_norm=True), dict(num_kv_heads=2), dict(num_kv_heads=1),
+VARIANTS = [dict(), dict(qk_norm=True), dict(num_kv_heads=4), dict(num_kv_heads=2), dict(num_kv_heads=1),
             dict(num_heads=1, tie_embeddings=True),
-            dict(window=1), dict(window=2), dict(window=5), dict(window=16), dict(attn_softcap=0.7),
+            dict(window=1), dict(window=2), dict(window=T), dict(window=16), dict(attn_softcap=0.7),
             dict(logit_softcap=0.5),
             dict(window=3, attn_softcap=2.0, num_kv_heads=2, qk_norm=True, logit_softcap=3.0),
             dict(rope_theta=77.0),
@@ -197,12 +197,14 @@ def test_plain_functions_equal_torch(shape, scale):
 def test_bf16_of_large_magnitude_stays_finite_and_norms_run_in_fp32():
     x = normal(5, 123) * 1e4
     for f in (lambda v: M.rms_norm(v, torch.ones(123)), lambda v: M.layer_norm(v, torch.ones(123)), M.softmax,
-              M.silu, M.gelu,
-              M.RMSNorm(123), M.LayerNorm(123)):
+              M.silu, M.gelu, M.RMSNorm(123)):
         got = f(x.bfloat16())
         assert got.isfinite().all()
         close(got.float(), f(x.bfloat16().float()), **BF16)
     assert M.rms_norm(x.bfloat16(), torch.ones(123)).dtype == torch.bfloat16
+    layer, gain = M.RMSNorm(123), 1 + normal(123, seed=3) / 1000             # bf16 would round this gain to 1
+    layer.weight.data.copy_(gain)
+    assert torch.equal(layer(x.bfloat16()), M.rms_norm(x.bfloat16(), gain))
     half = torch.full((64,), 300.0, dtype=torch.float16)                     # 300^2 overflows fp16
     close(M.rms_norm(half, torch.ones(64)).float(), torch.ones(64), **BF16)
     close(M.layer_norm(x - x.mean(-1, keepdim=True), torch.ones(123)),
@@ -231,25 +233,9 @@ def test_attention_function_equals_torch(batch, t, s, h):
     got = M.scaled_dot_product_attention(q, k, v, mask)
     assert not got[..., 0, :].any() and got.isfinite().all()
     # a masked value has weight exactly 0
-    far = torch.where(mask[..., None].any(-3), v, v + 1e6) if t == 1 else v
-    hidden = ~mask.flatten(0, -2).any(0)
     far = v.clone()
-    far[..., hidden, :] = 1e30
+    far[..., ~mask.flatten(0, -2).any(0), :] = 1e30
     assert torch.equal(M.scaled_dot_product_attention(q, k, far, mask), got)
-
-
-def test_attention_layer_equals_torch_composed_by_hand():
-    net, x = build(num_kv_heads=2).blocks[0].mixer, normal(3, T, 24)
-    q, k, v = F.linear(x, net.wqkv.weight).split([24, 12, 12], -1)
-    q, k, v = (t.view(3, T, -1, 6).transpose(1, 2) for t in (q, k, v))
-    def at_its_position(heads):
-        each = heads.detach().flatten(0, 1).double().numpy()
-        rows = [[turned(r, m, 1e4) for m, r in enumerate(h)] for h in each]
-        return torch.from_numpy(np.array(rows)).view(heads.shape).float()
-    q, k = at_its_position(q), at_its_position(k)
-    y = F.scaled_dot_product_attention(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1),
-                                       is_causal=True)
-    close(net(x, torch.arange(T)), F.linear(y.transpose(1, 2).reshape(3, T, 24), net.wo.weight), **FP32)
 
 
 def test_published_sizes():
@@ -283,7 +269,7 @@ def test_initial_weights():
     e = M.Embedding(1000, 50).weight
     assert e.abs().max() <= 3 and e.std().item() == pytest.approx(0.9866, rel=0.02)
     assert abs(w.mean()) < 0.01 * sigma * 3
-    assert (M.RMSNorm(5).weight == 1).all() and (M.LayerNorm(5, bias=True).bias == 0).all()
+    assert (M.RMSNorm(5).weight == 1).all()
     net = M.Transformer(M.ModelConfig(**{**BASE, "init": "gpt2", "num_layers": 8, "d_model": 64,
                                          "d_ff": 256}))
     for key, std in (("blocks.3.mixer.wqkv", 0.02), ("blocks.3.mixer.wo", 0.005), ("blocks.3.ffn.w2", 0.005),
@@ -294,87 +280,23 @@ def test_initial_weights():
 
 # --- 3. invariants ------------------------------------------------------------------------------------------
 
-@each_variant
-def test_future_cannot_leak(kw):
-    """To the bit: the logits of tokens 0..t do not know token t+1."""
-    net, ids = build(**kw), some_ids()
-    before = net(ids)
-    for t in (0, 4, T - 2):
-        changed = ids.clone()
-        changed[:, t + 1:] = (ids[:, t + 1:] + 7) % V
-        after = net(changed)
-        assert torch.equal(after[:, :t + 1], before[:, :t + 1])
-        # ... and the test can see a change
-        assert not torch.equal(after[:, t + 1], before[:, t + 1])
-
-
-@each_variant
-@torch.no_grad()
-def test_cached_decoding_equals_the_full_forward(kw):
-    net = build(**kw).eval()
-    for rows, chunks in ((1, [1] * T), (3, [4, 1, 1, 3, 2]), (3, [1, 7, 3]), (1, [T])):
-        ids, cache, got = some_ids(rows, seed=rows), net.make_cache(), []
-        for part in ids.split(chunks, 1):
-            got.append(net(part, cache=cache))
-        close(torch.cat(got, 1), net(ids), **FP32)
-        assert cache.length == T
-
-
-@pytest.mark.parametrize("kw", [dict(), dict(window=3), dict(attn_softcap=1.0), dict(position="learned"),
-                                dict(position="sinusoidal", num_kv_heads=1)], ids=name)
-@torch.no_grad()
-def test_rows_at_different_positions_share_a_cache(kw):
-    """Prompts of 6, 3 and 1 tokens, padded in front with keys of a position that no query here reaches."""
-    net, lengths, ids = build(**kw).eval(), (6, 3, 1), some_ids(3)
-    prompt, at = torch.zeros(3, 6, dtype=torch.long), torch.full((3, 6), 15)
-    for row, n in enumerate(lengths):
-        prompt[row, 6 - n:], at[row, 6 - n:] = ids[row, :n], torch.arange(n)
-    cache = net.make_cache()
-    got = [net(prompt, at, cache)[:, -1]]
-    for i in range(3):
-        here = torch.tensor([[n + i] for n in lengths])
-        got.append(net(ids.gather(1, here), here, cache)[:, 0])
-    for row, n in enumerate(lengths):
-        close(torch.stack([g[row] for g in got]), net(ids[row:row + 1])[0, n - 1:n + 3], **FP32)
-
-
 def test_positions_can_be_given_and_only_distance_matters():
     net, ids = build(num_kv_heads=2), some_ids()
     close(net(ids, torch.arange(T)[None] + torch.tensor([[0], [5]])), net(ids), **FP32)
+    # two documents in one row, further apart than the window: as if each came alone
+    net, at = build(window=T), torch.cat((torch.arange(5), torch.arange(T - 5) + 99))[None]
+    close(net(ids[:1], at), torch.cat((net(ids[:1, :5]), net(ids[:1, 5:])), 1), **FP32)
     learned = build(position="learned")
     assert (learned(ids, torch.arange(T) + 2) - learned(ids)).abs().max() > 0.01
 
 
-def test_grouped_heads():
-    full, ids = build(), some_ids()
-    same = M.Transformer(replace(full.config, num_kv_heads=4))
-    same.load_state_dict(full.state_dict())
-    assert torch.equal(same(ids), full(ids))                                 # K = N is multi-head attention
-    for K in (1, 2):
-        grouped = build(num_kv_heads=K)
-        wide = M.Transformer(replace(grouped.config, num_kv_heads=4))
-        state = grouped.state_dict()
-        for key in [k for k in state if k.endswith("wqkv.weight")]:
-            q, k, v = state[key].view(4 + 2 * K, 6, 24).split([4, K, K])
-            state[key] = torch.cat([q, k.repeat_interleave(4 // K, 0),
-                                    v.repeat_interleave(4 // K, 0)]).view(72, 24)
-        wide.load_state_dict(state)
-        close(wide(ids), grouped(ids), **FP32)
-
-
-def test_window_mask_by_brute_force_and_a_wide_window_is_none():
+def test_window_mask_by_brute_force_and_its_reach():
     for window, t in itertools.product((0, 1, 2, 5, 99), (1, 7)):
         at, keys = torch.tensor([3, 0, 8, 8, 2, 15, 1])[:t], torch.arange(10)
         want = [[s <= q and (not window or s > q - window) for s in range(10)] for q in at.tolist()]
         assert M.attention_mask(at, keys, window).tolist() == want
-    full, ids = build(), some_ids()
-    for window in (T, T + 1, 16):
-        net = M.Transformer(replace(full.config, window=window))
-        net.load_state_dict(full.state_dict())
-        close(net(ids), full(ids), **FP32)
     # two layers of window 3 reach 4 tokens back
-    net = M.Transformer(replace(full.config, window=3))
-    net.load_state_dict(full.state_dict())
+    net, ids = build(window=3), some_ids()
     changed = ids.clone()
     changed[:, 2] += 1
     moved = (net(changed % V) != net(ids)).any(-1).any(0).tolist()
@@ -423,22 +345,11 @@ def test_tied_weights_are_one_storage():
     assert net.head.weight is net.embedding.weight
     assert len([k for k, _ in net.named_parameters() if "head" in k]) == 0
     net(some_ids()).sum().backward()
-    # rows that were not read get one from the head
+    # rows that were not read get a gradient from the head
     assert net.embedding.weight.grad.abs().sum(-1).all()
     copy = M.load_model(dict(config=asdict(net.config), model=net.state_dict()))
     assert copy.head.weight.data_ptr() == copy.embedding.weight.data_ptr()
     assert torch.equal(copy(some_ids()), net.eval()(some_ids()))
-
-
-@pytest.mark.parametrize("kw", [dict(qk_norm=True), dict(window=2, attn_softcap=1.5, num_kv_heads=1), dict(
-    parallel=True, norm="layernorm", bias="all", ffn="geglu"), dict(norm_position="double", ffn="gelu"),
-    dict(norm_position="post", ffn="silu")], ids=name)
-def test_gradients_in_float64(kw):
-    torch.manual_seed(0)
-    block = M.Block(M.ModelConfig(**{**BASE, "d_model": 4, "num_heads": 2, "d_ff": 3, **kw})).double()
-    names, values = zip(*block.named_parameters())
-    run = lambda x, *ws: torch.func.functional_call(block, dict(zip(names, ws)), (x, torch.arange(4)))
-    assert torch.autograd.gradcheck(run, (normal(2, 4, 4, dtype=torch.float64).requires_grad_(), *values))
 
 
 def test_sampling_probabilities():
@@ -459,7 +370,8 @@ def test_sampling_probabilities():
         got = M.next_token_probs(z, top_p=p)
         assert (got > 0).sum() == size and got.sum().item() == pytest.approx(1, abs=1e-5)
         assert set(got.topk(size).indices.tolist()) == set(z.topk(size).indices.tolist())
-    assert (M.next_token_probs(normal(50_000), top_p=1.0) > 0).all()         # 1 means off, rounding or not
+    for z in (normal(50_000), torch.tensor([0.0, -30.0])):                   # 1 means off, rounding or not
+        assert (M.next_token_probs(z, top_p=1.0) > 0).all()
     assert (M.next_token_probs(torch.zeros(7), top_p=0.01) > 0).sum() == 1
     assert (M.next_token_probs(torch.zeros(4), top_p=0.5) > 0).sum() == 2    # two reach 1/2 exactly: no third
 
@@ -477,8 +389,8 @@ def test_generate():
     assert draw(0) == draw(0) != draw(1) and draw(0, top_k=1) == draw(1, top_p=1e-6) == want
     assert M.generate(net, ids, 0) == []
     assert M.generate(build(), list(range(40)), 1, 0) == M.generate(build(), list(range(24, 40)), 1, 0)
-    for bad, word in ((dict(temperature=-1.0), "temperature"), (dict(top_p=0.0), "top_p"),
-                      (dict(top_p=1.5), "top_p"), (dict(top_k=-1), "top_k")):
+    for bad, word in ((dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"),
+                      (dict(top_p=0.0), "top_p"), (dict(top_p=1.5), "top_p"), (dict(top_k=-1), "top_k")):
         with pytest.raises(ValueError, match=word):
             draw(0, **bad)
     with pytest.raises(ValueError, match="at least one token"):
@@ -494,7 +406,7 @@ def test_text_longer_than_the_context_is_refused():
             call()
 
 
-# --- 4. accounting: closed form == counted ------------------------------------------------------------------
+# --- 4. accounting: closed form == counted (what decoding keeps: test_mixers.py) ----------------------------
 
 def configs(number, seed=0, **fixed):
     """`number` random shapes from the product of all knobs that change a cost."""
@@ -516,7 +428,7 @@ def configs(number, seed=0, **fixed):
 
 
 def test_parameters_as_predicted():
-    for c in configs(400):
+    for c in configs(400) + [M.ModelConfig(**kw) for kw in M.PRESETS.values()]:
         with torch.device("meta"):
             net = M.Transformer(c)
         parts = {"embedding": net.embedding, "position": net.position, "head": net.head}
@@ -531,13 +443,6 @@ def test_parameters_as_predicted():
         assert M.count_params(c) == counted and M.num_params(c) == total, c
         stored = sum(v.numel() for v in net.state_dict().values())
         assert stored == total + counted["embedding"] * c.tie_embeddings, "a stored buffer"
-
-
-def test_every_preset_builds():
-    for key, kw in M.PRESETS.items():
-        c = M.ModelConfig(**kw)
-        with torch.device("meta"):
-            assert sum(p.numel() for p in M.Transformer(c).parameters()) == M.num_params(c), key
 
 
 def test_flops_as_counted():
@@ -577,22 +482,6 @@ def test_saved_bytes_as_counted():
         del loss
 
 
-def test_cache_and_optimizer_bytes_as_counted():
-    for c in configs(20, seed=3) + [replace(M.ModelConfig(**BASE), window=w) for w in (1, 2, 5, 16)]:
-        net = M.Transformer(c)
-        cache, length = net.make_cache(), c.context_length
-        with torch.no_grad():
-            for part in torch.randint(0, c.vocab_size, (1, length)).split(3, 1):
-                net(part, cache=cache)
-        held = min(length, c.window - 1) if c.window else length
-        assert sum(k.k.nbytes + k.v.nbytes for k in cache.layers) == M.kv_bytes_per_token(c, 4) * held
-    adam = torch.optim.AdamW(net.parameters())
-    net(torch.zeros(1, 2, dtype=torch.long)).sum().backward()
-    adam.step()
-    assert sum(t.nbytes for s in adam.state.values() for k, t in s.items()
-               if k != "step") == M.optimizer_bytes(c)
-
-
 # --- 5. checkpoints -----------------------------------------------------------------------------------------
 
 def trained(steps=3):
@@ -628,29 +517,22 @@ def test_checkpoint_round_trip(kind, tmp_path):
     assert os.listdir(tmp_path) == ([] if kind == "open file" else ["c.pt"])
 
 
-@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
-def test_names_of_wrapped_modules_are_stripped(prefix):
-    net, f = build(), io.BytesIO()
-    torch.save(dict(config=asdict(net.config), model={prefix + k: v for k, v in net.state_dict().items()},
-                    step=1), f)
-    f.seek(0)
-    assert torch.equal(M.load_model(f)(some_ids()), net.eval()(some_ids()))
-
-
-def test_saving_a_wrapped_module_stores_plain_names():
-    # as DistributedDataParallel and torch.compile wrap
-    class Wrapped(torch.nn.Module):
-        def __init__(self, **inner):
-            super().__init__()
-            for key, module in inner.items():
-                setattr(self, key, module)
-    net = build()
-    for wrapped in (Wrapped(module=net), Wrapped(_orig_mod=net), Wrapped(_orig_mod=Wrapped(module=net)),
-                    Wrapped(module=Wrapped(_orig_mod=net))):
-        f = io.BytesIO()
-        M.save_checkpoint(f, wrapped)
-        f.seek(0)
-        assert M.load_checkpoint(f)["model"].keys() == net.state_dict().keys()
+@pytest.mark.parametrize("wrappers", ["_orig_mod.", "module.", "_orig_mod.module.", "module._orig_mod."])
+def test_wrapped_modules(wrappers):
+    """As torch.compile and DistributedDataParallel wrap: saved with plain names, and read from any."""
+    net, f, by_hand = build(), io.BytesIO(), io.BytesIO()
+    wrapped = net
+    for attribute in reversed(wrappers.split(".")[:-1]):
+        outer = torch.nn.Module()
+        setattr(outer, attribute, wrapped)
+        wrapped = outer
+    M.save_checkpoint(f, wrapped)
+    torch.save(dict(config=asdict(net.config), model=wrapped.state_dict(), step=1), by_hand)
+    for file in (f, by_hand):
+        file.seek(0)
+        assert M.load_checkpoint(file)["model"].keys() == net.state_dict().keys()
+        file.seek(0)
+        assert torch.equal(M.load_model(file)(some_ids()), net.eval()(some_ids()))
 
 
 class Payload:
@@ -698,9 +580,11 @@ def test_damaged_checkpoints_get_one_line(tmp_path):
                  lambda: torch.save(build(), path)):
         dump()
         assert "refused" in refused(path) and not mark.exists()
-    for state, word in (([1, 2], "config"), (dict(model={}, step=1), "config"),
-                        (dict(config=3, model={}, step=1), "config"),
-                        (dict(config={}, model=[], step=1), "model")):
+    for state, word in (([1, 2], "no checkpoint"), (dict(model={}, step=1), "no checkpoint"),
+                        (dict(config=3, model={}, step=1), "no checkpoint"),
+                        (dict(config={}, model=[], step=1), "no checkpoint"),
+                        (dict(config={}, model={3: 4}, step=1), "do not fit"),
+                        (dict(config={3: 4}, model={}, step=1), "config")):
         torch.save(state, path)
         with pytest.raises(ValueError, match=word):
             M.load_model(path)
@@ -759,7 +643,7 @@ BAD = [dict(vocab_size=0), dict(context_length=-1), dict(d_model=0), dict(num_la
        dict(d_model=7, num_heads=1, position="sinusoidal"), dict(dropout=1.0), dict(dropout=-0.1),
        dict(dropout=math.nan), dict(norm="batchnorm"), dict(ffn=""),
        dict(mixer="rnn"), dict(d_model=24.0), dict(num_heads="4"), dict(qk_norm=1), dict(num_layers=True),
-       dict(bias="yes")]
+       dict(bias="yes"), dict(d_head=7), dict(d_head=-2), dict(mtp=256), dict(balance_loss=-1.0)]
 
 
 @pytest.mark.parametrize("kw", BAD, ids=name)
@@ -770,15 +654,10 @@ def test_config_errors_name_field_value_and_remedy(kw):
             M.ModelConfig(**kw)
         message = str(e.value)
         named = [f"{k}={v!r}" in message or f"{k}={v}" in message for k, v in kw.items()]
-        assert any(named) or "head dim d_model/num_heads=" in message, message
+        assert any(named) or "d_head=" in message, message                   # D/N may be odd
         assert "\n" not in message
-        remedy = re.search(r"(?:try|give) --(\w+) (\S+)", message)
-        one_of = re.search(r"choose one of (\w+)", message)
-        default = re.search(r"(\w+)=\S+ .*(0) is the default", message)
-        tried = re.search(r"(\w+)=\S+ .*try (\S+)$", message)
-        assert remedy or one_of or default or tried, message
-        field, value = remedy.groups() if remedy else (next(k for k in kw if k in message),
-                                                       one_of[1]) if one_of else (default or tried).groups()
+        remedy = re.search(r"try --(\w+) (\S+)$", message) or re.search(r"^(\w+)=.* one of (\w+)", message)
+        field, value = remedy.groups()
         kind = next(f.type for f in fields(M.ModelConfig) if f.name == field)
         kw = {**kw, field: value == "True" if kind is bool else kind(value)}
         try:
@@ -795,9 +674,8 @@ def test_config_defaults():
         c.d_model = 3
     for D, gated, plain in ((192, 512, 768), (512, 1344, 2048), (768, 2048, 3072), (4096, 10944, 16384),
                             (24, 64, 128)):
-        assert replace(c, d_model=D,
-                       num_heads=1).ffn_dim == gated and replace(c, d_model=D, num_heads=1,
-                                                                 ffn="silu").ffn_dim == plain
+        one = replace(c, d_model=D, num_heads=1)
+        assert one.ffn_dim == gated and replace(one, ffn="silu").ffn_dim == plain
     six = replace(c, d_model=192, num_heads=6)
     assert six.kv_heads == 6 and replace(six, num_kv_heads=2).kv_heads == 2
     assert c.head_dim == 64
@@ -826,9 +704,6 @@ def test_flags_reach_the_config(monkeypatch):
     for f in fields(M.ModelConfig):
         text = next(a for a in p._actions if a.dest == f.name)
         assert text.help and f.metadata["help"]
-    for line in re.findall(r"^(?:Run)?\s+\$? ?python model\.py(.*?)(?:#.*)?$", M.__doc__, re.M):
-        M.parse_args(shlex.split(line))
-    assert M.__doc__.count("python model.py") >= 2
 
 
 @pytest.mark.parametrize("argv,words", [(["--lrr", "3"], "unrecognized"), (["--d_model", "wide"], "wide"),
@@ -850,7 +725,7 @@ def test_help_and_devices(monkeypatch, capsys):
         command(monkeypatch, "-h")
     assert e.value.code == 0 and "--d_model" in capsys.readouterr().out
     assert M.pick_device("cpu") == "cpu" and M.pick_device() in ("cuda", "mps", "cpu")
-    for bad in ("tpu", *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])):
+    for bad in ("tpu", "cpu:1", "cpu:x", *([] if torch.cuda.is_available() else ["cuda", "cuda:1"])):
         with pytest.raises(ValueError, match=f"{bad} is not available.*cpu"):
             M.pick_device(bad)
 
@@ -859,12 +734,17 @@ def test_the_demo_predicts_what_it_counts(tmp_path, monkeypatch, capsys):
     small = "--d_model 32 --num_heads 2 --num_layers 1 --context_length 32 --vocab_size 99"
     monkeypatch.setattr(sys, "argv", ["model.py", *small.split(), "--out", str(tmp_path / "new")])
     for part in ("demo_recall", "demo_sorted", "demo_experts"):             # small in test_mixers.py
-        monkeypatch.setattr(M, part, lambda *_: None)
+        monkeypatch.setattr(M, part, lambda *_: {"none": [torch.full((2,), 0.5)]})
     M.main()
     out = capsys.readouterr().out
     rows = [line.split() for line in out.partition("predicted")[2].splitlines()[1:]]
     ratios = [float(r[-1]) for r in rows if r and re.fullmatch(r"\d\.\d{4}", r[-1])]
     assert len(ratios) == 7 and all(r == 1 for r in ratios), out
+    sys.argv += ["--context_length", "200000"]
+    M.main()
+    assert "GB here: the formulas stand alone" in capsys.readouterr().out
+    M.demo_counted(M.ModelConfig(vocab_size=1, d_model=8, num_layers=1, window=1), batch_size=1)   # 0 of 0
+    assert capsys.readouterr().out.count("n/a") == 2
     assert (tmp_path / "new" / "model.png").stat().st_size > 5000
 
 

@@ -204,12 +204,14 @@ def test_ledger_duplicates_and_crashes(tmp_path):
         api.submit({"stop": True}, 40)
     lines = path.read_text().splitlines()
     assert [json.loads(x)["state"] for x in lines] == ["queued", "running", "completed", "queued", "running", "failed"]
-    path.write_text("\n".join(lines[:-1]) + '\n{"id": 2, "sta')                       # killed while running, mid-line
+    path.write_text("\n".join(lines[:-1]) + '\n{"id": 9}\n7\n{"id": 2, "sta')         # killed while running, mid-line
     again = s.TrainingAPI(path, 100, run)
     assert again.budget() == {"total": 100.0, "spent": 10.0, "reserved": 0, "left": 90.0}
     assert again.jobs[2]["state"] == "failed"
     assert again.final_submission({"N": 1}, 2.5)["runs"] == [1]
     assert s.TrainingAPI(path, 100, run).budget()["left"] == 90
+    path.write_text("".join(line + "\n" for line in lines if json.loads(line)["id"] == 2))     # the first job's are gone
+    assert s.TrainingAPI(path, 100, run).submit({"c": 3}, 30)["id"] == 3
 
 
 def test_simulator_player_with_a_tenth(tmp_path):
@@ -280,7 +282,9 @@ def test_commands_of_the_docstring_parse():
 
 @pytest.mark.parametrize("argv", [["--lr", "3"], ["study", "--minuts", "3"], ["plan", "--flops", "-1"],
                                   ["plan"], ["plan", "--flops", "1e21", "--gpu", "tpu"], ["fitt", "x"],
-                                  ["plan", "--flops", "nan"], ["api", "--budget", "0"]])
+                                  ["plan", "--flops", "nan"], ["api", "--budget", "0"],
+                                  ["plan", "--flops", "1e21", "--count", "0"], ["mup", "--widths", "64", "0"],
+                                  ["noise", "--batches", "-8"]])
 def test_bad_flags_are_one_line(argv, capsys):
     with pytest.raises(SystemExit) as e:
         s.parse_args(argv)
@@ -316,8 +320,19 @@ def test_one_sided_and_upside_down_curves_give_no_size():
     down = [{"N": N, "C": 1e18, "D": 1.0, "L": -(math.log(N) - 5) ** 2 + 30} for N in (50.0, 150.0, 400.0)]
     assert math.isnan(s.isoflop_minima(down)[0]["N"])
     assert "too few" in s.isoflop_minima(down[:2])[0]["note"]
+    assert math.isnan(s.isoflop_minima([{**run, "L": 3.0} for run in down])[0]["N"])              # and a flat one
     with pytest.raises(ValueError):
         s.power_law([m["C"] for m in s.isoflop_minima(runs)], [m["N"] for m in s.isoflop_minima(runs)])
+
+
+def test_a_rising_law_has_no_optimum():
+    rising = s.Law(1.0, 1.0, -0.1, 1.0, 0.3)
+    assert math.isnan(rising.optimum(1e20)[0]) and s.interval([1, math.nan, 1]) == (1, 1)
+    runs = s.planted_runs(HOFFMANN, BUDGETS[:4], 6)
+    for run in runs:
+        run["L"] = rising.loss(run["N"] / 1e9, run["D"] / 1e9)
+    with pytest.raises(ValueError, match="no law"):
+        fitted(runs)
 
 
 def test_fit_and_plan_from_a_file(tmp_path, capsys):
@@ -336,6 +351,8 @@ def test_fit_and_plan_from_a_file(tmp_path, capsys):
     assert "hours on 8 h100" in (out := capsys.readouterr().out) and "times beyond" not in out
     assert s.main(["plan", "--flops", "1e25", "--runs", str(tmp_path / "runs.json"), "--out", str(tmp_path)]) == 0
     assert "times beyond the largest run" in capsys.readouterr().out
+    assert s.main(["plan", "--flops", "1e25", "--runs", str(tmp_path / "runs.json"), "--law", "hoffmann",
+                   "--out", str(tmp_path)]) == 2 and "give one of them" in capsys.readouterr().err
 
 
 def test_api_from_the_command_line(tmp_path, capsys):
@@ -368,6 +385,19 @@ def test_study_end_to_end(tmp_path, monkeypatch, capsys):
     error = float(re.search(r"error ([+-][\d.]+)%", out)[1])
     assert abs(error) < 0.5 and (tmp_path / "o" / "study.png").exists()
     assert len(s.read_runs(tmp_path / "o" / "runs.json")) >= 16
+
+
+def test_a_study_goes_on_with_its_own_budgets(tmp_path, monkeypatch):
+    """The machine is faster the second time: the budgets stay, so that the ledger's runs are found again."""
+    monkeypatch.setattr(s.bpe, "token_info", lambda path: {"inputs": "0123456789"})
+
+    def plan(cost, *flags):
+        run = lambda config, limit: {"cost": cost, "loss": 3.0}  # noqa: E731
+        largest, api = s.plan_study(s.parse_args(["study", *flags]), run, tmp_path)
+        return largest, api.submit({"tokens": 7}, 2 * cost).get("duplicate")
+    assert plan(1e12) == (pytest.approx(1.9e14, rel=0.05), None)
+    assert plan(5e12) == (pytest.approx(1.9e14, rel=0.05), True)
+    assert plan(5e12, "--seed", "1")[1] is None
 
 
 def test_train_backend_runs_train_py(tmp_path):

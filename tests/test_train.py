@@ -94,13 +94,12 @@ def without_clock(log):
 
 def same_state(a, b):
     """Weights, optimizer, reading position and random state, to the bit."""
-    flat = lambda v, at="": [x for k in v for x in flat(v[k], f"{at}.{k}")] if isinstance(v, dict) else [
-        x for i, w in enumerate(v)
-        for x in flat(w, f"{at}.{i}")] if isinstance(v, (list, tuple)) else [(at, v)]
-    for (key, x), (other, y) in itertools.zip_longest(*(flat({k: s[k]
-                                                              for k in ("model", "optimizer", "step",
-                                                                        "sequences", "rng", "config")})
-                                                                        for s in (a, b))):
+    def leaves(v, at=""):
+        if isinstance(v, (list, tuple)):
+            v = dict(enumerate(v))
+        return [x for k in v for x in leaves(v[k], f"{at}.{k}")] if isinstance(v, dict) else [(at, v)]
+    parts = ("model", "optimizer", "step", "sequences", "rng", "config")
+    for (key, x), (other, y) in itertools.zip_longest(*(leaves({k: s[k] for k in parts}) for s in (a, b))):
         assert key == other and (torch.equal(x, y) if torch.is_tensor(x) else x == y), key
 
 
@@ -335,8 +334,8 @@ def test_batches(dtype, n, T):
 def test_too_few_tokens_say_what_to_do():
     with pytest.raises(ValueError, match="30 training tokens .*context.* 16.*--context_length (\\d+)") as e:
         R.Batches(np.zeros(30, np.uint16), 16)
-    assert R.Batches(np.zeros(30, np.uint16), int(re.search(r"--context_length (\d+)",
-                                                            str(e.value))[1])).windows >= 1
+    remedy = int(re.search(r"--context_length (\d+)", str(e.value))[1])
+    assert R.Batches(np.zeros(30, np.uint16), remedy).windows >= 1
 
 
 @pytest.mark.parametrize("T,n", [(8, 3), (8, 8), (8, 9), (8, 61), (7, 50), (1, 9), (2, 9), (8, 1),
@@ -638,10 +637,10 @@ def test_signals_save_and_say_how_to_go_on(number, status, at, data, undisturbed
         if due:
             os.kill(os.getpid(), number)
         return f()
-    monkeypatch.setattr(R.Run, "train_step", lambda run: signalled(run, lambda: step(run),
-                                                                   run.step + 1 == at))
-    monkeypatch.setattr(R.Run, "validate", lambda run, n: signalled(run, lambda: validate(run, n),
-                                                                    at == run.step == 0))
+    monkeypatch.setattr(R.Run, "train_step",
+                        lambda run: signalled(run, lambda: step(run), run.step + 1 == at))
+    monkeypatch.setattr(R.Run, "validate",
+                        lambda run, n: signalled(run, lambda: validate(run, n), at == run.step == 0))
     assert go(data, out, *FOUR) == status and state_of(out)["step"] == at
     err = capsys.readouterr().err
     line = re.search(r"python train\.py (.*)", err)[1]
@@ -689,11 +688,10 @@ def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
     context.set_forkserver_preload(["train", __name__])
     plans = [(1, 0.5), (3, 0.0), (2, 0.99), (2, 1.0), *[None] * 40]
     for plan in plans:
-        argv = ["--resume", "--out",
-                str(out)] if (out / "checkpoint.pt").exists() else [*flags, "--out", str(out)]
-        how = dict(target=R.run_command,
-                   args=(argv,)) if plan is None else dict(target=killed_while_saving, args=(argv, *plan))
-        process = context.Process(**how)
+        argv = ["--resume"] if (out / "checkpoint.pt").exists() else list(flags)
+        argv += ["--out", str(out)]
+        process = (context.Process(target=killed_while_saving, args=(argv, *plan)) if plan else
+                   context.Process(target=R.run_command, args=(argv,)))
         process.start()
         process.join(60 if plan or kills > 7 else rng.uniform(0.2, 1.5))
         if process.is_alive():
@@ -717,7 +715,7 @@ def test_the_log_is_cut_where_a_resumed_run_starts(tmp_path):
     lines = [json.dumps(dict(kind="train", step=i)) + "\n" for i in range(1, 6)]
     path.write_text("".join(lines) + '{"kind": "tra')                        # a half-written line
     R.trim_log(path, 3)
-    assert path.read_text() == "".join(lines[:3])
+    assert path.read_text() == "".join(lines[:3]) and os.listdir(tmp_path) == ["log.jsonl"]
     R.trim_log(tmp_path / "none.jsonl", 3)
 
 
@@ -828,6 +826,16 @@ def test_experts_and_extra_tokens_train_and_resume(data, tmp_path):
     assert bias.abs().max() > 0.0005                       # moved by the training loop
     log = records(tmp_path / "a")
     assert [r["loss"] for r in log if r["kind"] == "train"][0] == pytest.approx(math.log(300), abs=1e-4)
+    assert "dropped" not in log[-1]
+
+
+def test_full_experts_are_reported(data, tmp_path, capsys):
+    """With room for an eighth of its share each of 4 experts drops seven visits of eight, if all get some."""
+    assert go(data, tmp_path, "--num_experts", 4, "--capacity_factor", 0.125, "--steps", 2, "--evals", 0,
+              "--log_seconds", 0) == 0
+    dropped = [r["dropped"] for r in records(tmp_path) if r["kind"] == "train"]
+    assert len(dropped) == 2 and all(0.85 < share < 1 for share in dropped)
+    assert " | dropped " in capsys.readouterr().out
 
 
 def test_runs_from_before_the_variants_resume(data, undisturbed, tmp_path):
@@ -868,9 +876,9 @@ def line_of(capsys, status):
     (["--steps", 5, "--corpus", "the-web"], "the-web"), (["--steps", 5, "--mup_base", -1], "--mup_base -1"),
     (["--steps", 5, "--mup_base", 16, "--tie_embeddings"], "--no-tie_embeddings"),
     (["--steps", 5, "--layers", "LG"], "--window 128"),
-    (["--resume"], "checkpoint.pt: make one with"), (["--steps", 5, "--tokenizer", "none.json"],
-                                                     "none.json")], ids=lambda v: " ".join(map(str, v))
-                                                     if isinstance(v, list) else "")
+    (["--resume"], "checkpoint.pt: make one with"),
+    (["--steps", 5, "--tokenizer", "none.json"], "none.json")],
+    ids=lambda v: " ".join(map(str, v)) if isinstance(v, list) else "")
 def test_bad_flags(flags, words, data, tmp_path, capsys):
     assert words in line_of(capsys, go(data, tmp_path, *flags))
 
@@ -941,8 +949,8 @@ class Payload:
 def test_bad_checkpoints_on_resume(data, undisturbed, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)
-    path, resume = out / "checkpoint.pt", lambda *flags: line_of(capsys,
-                                                                 command("--resume", "--out", out, *flags))
+    path = out / "checkpoint.pt"
+    resume = lambda *flags: line_of(capsys, command("--resume", "--out", out, *flags))
     for flags, words in ((["--d_model", 64], "d_model=32, not 64"), (["--lr", 1], "lr"),
                          (["--no-qk_norm"], "qk_norm"), (["--data", tmp_path], "data"),
                          (["--steps", 4, "--minutes", 1], "one budget")):
@@ -1001,6 +1009,20 @@ def test_presets_and_docstring_commands():
     plain, recipe = (M.num_params(M.ModelConfig(**M.PRESETS[n])) for n in ("tiny", "gpt2-recipe"))
     # the two recipes are compared as equals
     assert abs(plain / recipe - 1) < 0.5
+
+
+def test_a_flag_without_effect_is_named(data, tmp_path, capsys):
+    assert go(data, tmp_path, "--steps", 1, "--vocab_size", 4000) == 0
+    assert "--vocab_size 4000 is not used: the tokenizer has 300" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_says_what_to_do(error, data, tmp_path, monkeypatch, capsys):
+    def fails(*_):
+        raise error
+    monkeypatch.setattr(R.Run, "gradients", fails)
+    assert "--micro_batch 2" in line_of(capsys, go(data, tmp_path, "--steps", 1))
 
 
 def test_help_is_printed(capsys):

@@ -3,8 +3,8 @@
 Four rank processes live as long as the module; a test runs a function on the first N of them
 (`ranks(N, f, ...)`), each time in a fresh process group on loopback.
 """
-import dataclasses, functools, multiprocessing, os, random, re, shlex
-import signal, subprocess, sys, threading, time, traceback
+import dataclasses, functools, json, math, multiprocessing, os, random, re, shlex
+import signal, socket, subprocess, sys, threading, time, traceback
 from pathlib import Path
 
 import pytest
@@ -57,10 +57,10 @@ def ranks():
         theirs.close()
         pipes.append(ours)
 
-    def run(world, f, *args):
+    def run(world, f, *args, **kwargs):
         number = next(numbers)
         for pipe in pipes[:world]:
-            pipe.send((number, world, f, args))
+            pipe.send((number, world, functools.partial(f, **kwargs), args))
         answers = [pipe.recv() if pipe.poll(100) else (False, "no answer in 100 s") for pipe in pipes[:world]]
         failures = [f"rank {rank}:\n{value}" for rank, (fine, value) in enumerate(answers) if not fine]
         assert not failures, "\n".join(failures)
@@ -83,18 +83,18 @@ def data(c, batch, steps=5):
 ADAM = dict(lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-5)
 
 
-def alone(c, batch, groups=1, optimizer_cls=torch.optim.AdamW, clip=0.5, **settings):
-    """The oracle: plain training on the whole batch (in `groups` parts, where a loss is that of a part)."""
+def alone(c, batch, groups=1, clip=0.5):
+    """The oracle: plain training on the whole batch (in `groups` parts, where a loss is that of a part)
+    -> (weights, [(loss, norm), ...])."""
     torch.manual_seed(0)
     model = M.Transformer(c)
-    optimizer = optimizer_cls(model.parameters(), **(settings or ADAM))
-    losses = []
+    optimizer, losses = torch.optim.AdamW(model.parameters(), **ADAM), []
     for x, y in zip(*data(c, batch)):
-        loads = []
+        total, loads = 0.0, []
         for a, b in zip(x.chunk(groups), y.chunk(groups)):
             loss = M.training_loss(model, a, b)[1] / groups
             loss.backward()
-            total = loss.item() + (total if loads else 0)
+            total += loss.item()
             loads.append([m.load for m in model.modules() if isinstance(m, M.MoE)])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -104,6 +104,18 @@ def alone(c, batch, groups=1, optimizer_cls=torch.optim.AdamW, clip=0.5, **setti
         model.balance_experts()
         losses.append((total, norm.item()))
     return {n: p.detach() for n, p in model.named_parameters()}, losses
+
+
+def make(c, seed=0, **layout):
+    torch.manual_seed(seed)
+    return Z.Trainer(M.Transformer(c), **layout, **ADAM)
+
+
+def steps(trainer, c, batch, first=0, last=5, micro=0, clip=0.5):
+    """-> [(loss, norm), ...] of these steps of data()."""
+    dp, place = trainer.mesh["dp"][1:]
+    return [trainer.step(x.chunk(dp)[place], y.chunk(dp)[place], micro, clip=clip)
+            for x, y in list(zip(*data(c, batch)))[first:last]]
 
 
 def collect(trainer):
@@ -118,37 +130,36 @@ def collect(trainer):
     return found
 
 
-def together(c, batch, micro=0, optimizer_cls=torch.optim.AdamW, clip=0.5, settings=None, **layout):
-    torch.manual_seed(0)
-    trainer = Z.Trainer(M.Transformer(c), optimizer_cls=optimizer_cls, **layout, **(settings or ADAM))
-    losses, dp, place = [], *trainer.mesh["dp"][1:]
-    for x, y in zip(*data(c, batch)):
-        losses.append(trainer.step(x.chunk(dp)[place], y.chunk(dp)[place], micro, clip=clip))
+def together(c, batch, micro=0, clip=0.5, recompute=False, **layout):
+    trainer = make(c, **layout)
+    trainer.model.checkpoint_blocks = recompute            # on to where layers are freed, not just to what is
+    with torch.utils.checkpoint.set_checkpoint_early_stop(not recompute):    # needed
+        losses = steps(trainer, c, batch, micro=micro, clip=clip)
     return collect(trainer), losses
+
+
+def equal(answers, expected, losses=None, atol=1e-6):
+    """Every rank's (weights, losses) are these."""
+    for found, seen in answers:
+        if losses:
+            close(torch.tensor(seen), torch.tensor(losses), rtol=1e-5, atol=1e-6)
+        for name in expected:
+            close(found[name], expected[name], rtol=0, atol=atol)
 
 
 LAYOUTS = [(n, dict(stage=s)) for s in range(4) for n in (1, 2, 3, 4)]
 LAYOUTS += [(2, dict(tp=2)), (3, dict(tp=3)), (2, dict(tp=2, sequence=False)), (2, dict(pp=2)),
             (3, dict(pp=3, kind="gpipe")), (4, dict(tp=2, stage=3)), (4, dict(pp=2, stage=1)),
-            (4, dict(pp=2)), (4, dict(tp=2, pp=2))]
+            (4, dict(pp=2)), (4, dict(tp=2, pp=2)), (2, dict(stage=3, recompute=True))]
 
 
 @pytest.mark.parametrize("world, layout", LAYOUTS, ids=str)
 def test_equals_one_process(ranks, world, layout):
-    expected, losses = alone(C, 12)
-    for found, seen in ranks(world, functools.partial(together, C, 12, **layout)):
-        close(torch.tensor(seen), torch.tensor(losses), rtol=1e-5, atol=1e-6)
-        for name in expected:
-            close(found[name], expected[name], rtol=0, atol=1e-6)
+    equal(ranks(world, together, C, 12, **layout), *alone(C, 12))
 
 
-def fsdp_in(dtype):
-    torch.manual_seed(0)
-    trainer = Z.Trainer(M.Transformer(C), stage=3, compute_dtype=dtype, **ADAM)
-    dp, place = trainer.mesh["dp"][1:]
-    for x, y in zip(*data(C, 6)):
-        trainer.step(x.chunk(dp)[place], y.chunk(dp)[place], clip=0.5)
-    return collect(trainer)
+def test_clip_0_is_no_clipping(ranks):
+    equal(ranks(2, together, C, 4, clip=0, stage=2), *alone(C, 4, clip=math.inf))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -171,9 +182,8 @@ def test_low_precision_equals_its_emulation(ranks, dtype):
         torch.nn.utils.clip_grad_norm_(master.values(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    for found in ranks(2, fsdp_in, dtype):
-        for name in master:
-            close(found[name], master[name].detach(), rtol=0, atol=1e-4)
+    expected = {n: p.detach() for n, p in master.items()}
+    equal(ranks(2, together, C, 6, stage=3, compute_dtype=dtype), expected, atol=1e-4)
 
 
 MOE = dataclasses.replace(C, num_experts=4, experts_per_token=2, shared_experts=1, d_expert=20)
@@ -185,53 +195,41 @@ MOE = dataclasses.replace(C, num_experts=4, experts_per_token=2, shared_experts=
 def test_experts_equal_one_process(ranks, world, more):
     """Groups: capacity, balance and expert choice are those of the tokens of a rank."""
     c = dataclasses.replace(MOE, **more)
-    expected, losses = alone(c, 8, groups=world)
-    for found, seen in ranks(world, functools.partial(together, c, 8, ep=True)):
-        close(torch.tensor(seen), torch.tensor(losses), rtol=1e-5, atol=1e-6)
-        for name in expected:
-            close(found[name], expected[name], rtol=0, atol=1e-6)
+    equal(ranks(world, together, c, 8, ep=True), *alone(c, 8, groups=world))
 
 
-def save(c, folder, layout, steps):
-    torch.manual_seed(0)
-    trainer = Z.Trainer(M.Transformer(c), **layout, **ADAM)
-    dp, place = trainer.mesh["dp"][1:]
-    for x, y in list(zip(*data(c, 12)))[:steps]:
-        trainer.step(x.chunk(dp)[place], y.chunk(dp)[place], clip=0.5)
+def save(c, folder, layout, number):
+    trainer = make(c, **layout)
+    steps(trainer, c, 12, 0, number)
     Z.save_sharded(folder, trainer, tokenizer="t")
 
 
 def go_on(c, folder, layout):
-    torch.manual_seed(1)                                   # other weights, to be overwritten
-    trainer = Z.Trainer(M.Transformer(c), **layout, **ADAM)
+    trainer = make(c, seed=1, **layout)                    # other weights, to be overwritten
     Z.ShardedCheckpoint(folder).load(trainer)
-    dp, place = trainer.mesh["dp"][1:]
-    for x, y in list(zip(*data(c, 12)))[trainer.steps_done:]:
-        trainer.step(x.chunk(dp)[place], y.chunk(dp)[place], clip=0.5)
-    return collect(trainer) | dict(trainer.model.named_buffers())
+    for _, _, piece, _ in trainer.pieces():                # a slice, not a view that keeps the whole alive
+        for v in trainer.updater.state[piece].values():
+            assert v.untyped_storage().nbytes() == v.nbytes
+    steps(trainer, c, 12, trainer.steps_done)
+    return collect(trainer) | dict(trainer.model.named_buffers()), None
 
 
 @pytest.mark.parametrize("before, after", [
     ((2, dict(stage=3)), (3, dict(stage=3))), ((3, dict(stage=1)), (2, dict(tp=2))),
     ((2, dict(tp=2)), (4, dict(pp=2, stage=1))), ((4, dict(tp=2, stage=3)), (1, {}))], ids=str)
 def test_checkpoint_resumes_in_any_layout(ranks, tmp_path, before, after):
-    expected, _ = alone(C, 12)
     ranks(before[0], save, C, str(tmp_path), before[1], 3)
-    for found in ranks(after[0], go_on, C, str(tmp_path), after[1]):
-        for name in expected:
-            close(found[name], expected[name], rtol=0, atol=1e-6)
+    equal(ranks(after[0], go_on, C, str(tmp_path), after[1]), alone(C, 12)[0])
 
 
 def test_checkpoint_of_experts(ranks, tmp_path):
     """Experts on two ranks, then FSDP on the same two: balance is still that of halves of the batch."""
     c = dataclasses.replace(MOE, balance="bias")
     ranks(2, save, c, str(tmp_path), dict(ep=True), 5)
-    expected = ranks(2, go_on, c, str(tmp_path), dict(ep=True))[0]
+    expected = ranks(2, go_on, c, str(tmp_path), dict(ep=True))[0][0]
     assert any(expected[n].abs().sum() > 0 for n in expected if n.endswith("ffn.bias"))
     ranks(2, save, c, str(tmp_path), dict(ep=True), 2)     # what was there is removed
-    for found in ranks(2, go_on, c, str(tmp_path), dict(stage=3)):
-        for name in expected:
-            close(found[name], expected[name], rtol=0, atol=1e-6)
+    equal(ranks(2, go_on, c, str(tmp_path), dict(stage=3)), expected)
 
 
 VARIANTS = {"tied": dict(tie_embeddings=True), "grouped": dict(num_heads=8, num_kv_heads=4, d_head=6),
@@ -239,49 +237,31 @@ VARIANTS = {"tied": dict(tie_embeddings=True), "grouped": dict(num_heads=8, num_
             "parallel": dict(parallel=True, norm_position="double")}
 
 
-@pytest.mark.parametrize("layout", [dict(stage=2), dict(stage=3), dict(tp=2), dict(tp=2, sequence=False),
-                                    dict(pp=2)], ids=str)
+@pytest.mark.parametrize("world, layout", [
+    (2, dict(stage=2)), (2, dict(stage=3)), (2, dict(tp=2)), (2, dict(tp=2, sequence=False)),
+    (4, dict(tp=2, stage=3)), (2, dict(pp=2))], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_variants_in_micro_batches(ranks, variant, layout):
+def test_variants_in_micro_batches(ranks, variant, world, layout):
     c = dataclasses.replace(C, **VARIANTS[variant])
     if variant == "tied" and "pp" in layout:
         with pytest.raises(AssertionError, match="drop --tie_embeddings"):
-            ranks(2, functools.partial(together, c, 4, **layout))
+            ranks(2, together, c, 4, **layout)
         return
-    expected, losses = alone(c, 8)
-    for found, seen in ranks(2, functools.partial(together, c, 8, micro=2, **layout)):
-        close(torch.tensor(seen), torch.tensor(losses), rtol=1e-5, atol=1e-6)
-        for name in expected:
-            close(found[name], expected[name], rtol=0, atol=1e-6)
-
-
-def recomputed(batch):
-    torch.manual_seed(0)
-    trainer = Z.Trainer(M.Transformer(C), stage=3, **ADAM)
-    trainer.model.checkpoint_blocks = True
-    dp, place = trainer.mesh["dp"][1:]
-    with torch.utils.checkpoint.set_checkpoint_early_stop(False):            # on to where layers are freed
-        for x, y in zip(*data(C, batch)):
-            trainer.step(x.chunk(dp)[place], y.chunk(dp)[place], clip=0.5)
-    return collect(trainer)
-
-
-def test_fsdp_recomputes_blocks(ranks):
-    expected, _ = alone(C, 4)
-    for name, value in ranks(2, recomputed, 4)[1].items():
-        close(value, expected[name], rtol=0, atol=1e-6)
+    equal(ranks(world, together, c, 8, micro=2, **layout), *alone(c, 8))
 
 
 # --- (2) torch's classes, and other optimizers --------------------------------------------------------------
 
 class Toy(torch.nn.Module):
-    """Any module: matrices of odd sizes, a tied and a frozen one, norms, and a layer that nothing uses."""
+    """Any module: matrices of odd sizes, a tied, a frozen, an unused one, norms, a layer used twice."""
     def __init__(self):
         super().__init__()
         self.embedding, self.norm = torch.nn.Embedding(7, 5), torch.nn.LayerNorm(5)
         half_frozen = torch.nn.Sequential(torch.nn.Linear(5, 5), torch.nn.Linear(5, 5, bias=False))
         half_frozen[0].requires_grad_(False)
-        self.layers = torch.nn.ModuleList([torch.nn.Linear(5, 5), half_frozen])
+        half_used = torch.nn.Linear(5, 5)
+        half_used.unused = torch.nn.Parameter(torch.ones(5, 5))
+        self.layers = torch.nn.ModuleList([half_used, half_frozen])
         self.frozen, self.head = torch.nn.Linear(5, 5), torch.nn.Linear(5, 7, bias=False)
         self.head.weight = self.embedding.weight
         self.frozen.requires_grad_(False)
@@ -294,12 +274,13 @@ class Toy(torch.nn.Module):
 
 
 def toy_step(model, optimizer, rank, world, synchronise):
-    ids = torch.arange(24).view(12, 2) % 7
-    x = ids.chunk(world)[rank]
-    optimizer.zero_grad()
-    torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
-    synchronise()
-    optimizer.step()
+    x = (torch.arange(24).view(12, 2) % 7).chunk(world)[rank]
+
+    def closure():
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(x).flatten(0, 1), x.flatten()).backward()
+        synchronise()
+    optimizer.step(closure)
 
 
 def toy_fsdp():
@@ -312,30 +293,32 @@ def toy_fsdp():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for _ in range(3):
         toy_step(model, optimizer, rank, world, model.finish_gradient_synchronization)
+    assert not any(unit.here for unit in model.units)
     whole = model.gather_full_params()
     assert list(whole) == names
-    return whole
+    return whole, None
 
 
-def toy_alone(optimizer_cls=torch.optim.SGD, steps=3, **settings):
+def toy_alone(optimizer_cls, number, **settings):
     torch.manual_seed(0)
     toy = Toy()
-    optimizer = optimizer_cls(toy.parameters(), **(settings or dict(lr=0.1, momentum=0.9)))
-    for _ in range(steps):
-        toy_step(toy, optimizer, 0, 1, lambda: None)
+    optimizer = optimizer_cls(toy.parameters(), **settings)
+
+    def fill():                                            # what took no part has gradient 0
+        for p in toy.parameters():
+            p.grad = torch.zeros_like(p) if p.requires_grad and p.grad is None else p.grad
+    for _ in range(number):
+        toy_step(toy, optimizer, 0, 1, fill)
     return {n: p.detach() for n, p in toy.named_parameters()}, optimizer.state_dict()
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_fsdp_wraps_any_module(ranks, world):
-    expected, _ = toy_alone()
-    for whole in ranks(world, toy_fsdp):
-        for name in expected:
-            close(whole[name], expected[name], rtol=0, atol=1e-6)
+    equal(ranks(world, toy_fsdp), toy_alone(torch.optim.SGD, 3, lr=0.1, momentum=0.9)[0])
 
 
-def toy_sharded(cls, state, steps):
-    """Trains `steps` steps from state; -> (weights, state_dict)."""
+def toy_sharded(cls, state, number):
+    """Trains this many steps from state; -> (weights, state_dict)."""
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)
     toy, (weights, saved) = Toy(), state or (None, None)
@@ -347,7 +330,7 @@ def toy_sharded(cls, state, steps):
     optimizer.param_groups[0]["lr"] = 0.01                 # as a schedule would
     if saved:
         optimizer.load_state_dict(saved)
-    for _ in range(steps):
+    for _ in range(number):
         toy_step(toy, optimizer, rank, world, optimizer.finish_gradient_synchronization)
     assert not any(p.requires_grad is False and p in optimizer.inner.state for p in rest)
     return {n: p.detach().clone() for n, p in toy.named_parameters()}, optimizer.state_dict()
@@ -357,21 +340,21 @@ def toy_sharded(cls, state, steps):
 def test_state_dict_is_the_unsharded_one_at_any_world_size(ranks, cls):
     expected, state = toy_alone(torch.optim.AdamW, 4, lr=0.01)
     halfway = ranks(3, toy_sharded, cls, None, 2)[2]
-    for weights, found in ranks(2, toy_sharded, cls, halfway, 2):
-        for name in expected:
-            close(weights[name], expected[name], rtol=0, atol=1e-6)
+    answers = ranks(2, toy_sharded, cls, halfway, 2)
+    equal(answers, expected)
+    for _, found in answers:
         assert found["state"].keys() == state["state"].keys()
         for i, values in state["state"].items():
             for k, v in values.items():
                 close(found["state"][i][k], v, rtol=1e-5, atol=1e-7)
 
 
-def with_muon(whole):
+def with_muon():
     import train
     torch.manual_seed(0)
     model = M.Transformer(C)
     matrices = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
-    optimizer = Z.ShardedOptimizer([{"params": matrices, "muon": True}], train.Muon, whole=whole, lr=0.02)
+    optimizer = Z.ShardedOptimizer([{"params": matrices, "muon": True}], train.Muon, whole=True, lr=0.02)
     for x, y in zip(*data(C, 4)):
         M.lm_loss(model(x), y)[0].backward()               # the same gradients on all ranks: step() alone
         optimizer.step()
@@ -381,34 +364,34 @@ def with_muon(whole):
 
 
 def test_whole_matrices_for_muon(ranks):
-    (expected, all_states), = ranks(1, with_muon, True)
-    answers = ranks(3, with_muon, True)
-    for found, states in answers:
-        assert 0 < states < all_states / 2
-        for name in expected:
-            close(found[name], expected[name], rtol=0, atol=1e-5)
+    (expected, all_states), = ranks(1, with_muon)
+    answers = ranks(3, with_muon)
+    equal(answers, expected, atol=1e-5)
+    assert all(0 < states < all_states / 2 for _, states in answers)
     assert sum(states for _, states in answers) == all_states
 
 
-def test_vocabulary_parallel_loss_of_extreme_logits(ranks):
-    for loss, grad in ranks(3, extreme):
-        z = (torch.arange(10.0) * 1000 - 5000).repeat(4, 1).requires_grad_()
-        expected = torch.nn.functional.cross_entropy(z, torch.tensor([0, 9, 5, 9]))
-        expected.backward()
-        close(loss, expected.detach())
-        close(grad, z.grad)
+EXTREME = torch.arange(10.0) * 1000 - 5000
 
 
 def extreme():
     world, rank = dist.get_world_size(), dist.get_rank()
-    z = (torch.arange(10.0) * 1000 - 5000).repeat(4, 1).requires_grad_()
+    z = EXTREME.repeat(4, 1).requires_grad_()
     parts = z.tensor_split(world, -1)
     first = sum(p.shape[-1] for p in parts[:rank])
     loss = Z.vocabulary_parallel_loss(parts[rank], torch.tensor([0, 9, 5, 9]), dist.group.WORLD, first)
     loss.backward()
-    grad = z.grad.clone()
-    dist.all_reduce(grad)
-    return loss.detach(), grad
+    dist.all_reduce(z.grad)
+    return loss.detach(), z.grad
+
+
+def test_vocabulary_parallel_loss_of_extreme_logits(ranks):
+    z = EXTREME.repeat(4, 1).requires_grad_()
+    expected = torch.nn.functional.cross_entropy(z, torch.tensor([0, 9, 5, 9]))
+    expected.backward()
+    for loss, grad in ranks(3, extreme):
+        close(loss, expected.detach())
+        close(grad, z.grad)
 
 
 # --- (3) invariants -----------------------------------------------------------------------------------------
@@ -432,15 +415,16 @@ def test_flat_slices_cover_every_number_once(N, whole, monkeypatch):
         assert sorted(numbers) == list(enumerate(t.tolist()))
 
 
-def whole_layers():
-    """How many layers are whole whenever one starts to compute, forward and backward; and at the end."""
+def whole_layers(tied):
+    """[(layer, was it gathered ahead?, those that are whole), ...] whenever one starts to compute."""
     torch.manual_seed(0)
-    model = Z.FSDP(M.Transformer(C))
+    model = Z.FSDP(M.Transformer(dataclasses.replace(C, tie_embeddings=tied)))
     seen, use = [], Z.Unit.use
 
     def spy(unit):
+        ahead = unit.here
         use(unit)
-        seen.append((model.units.index(unit), [i for i, u in enumerate(model.units) if u.here]))
+        seen.append((model.units.index(unit), ahead, {i for i, u in enumerate(model.units) if u.here}))
     Z.Unit.use = spy
     try:
         x, y = (t[0] for t in data(C, 2))
@@ -453,11 +437,14 @@ def whole_layers():
     return seen
 
 
-def test_fsdp_keeps_two_layers_at_most_and_gathers_one_ahead(ranks):
-    for seen in ranks(2, whole_layers):
-        order = [i for i, _ in seen]
-        assert order == [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]     # embedding, three blocks, head, and back
-        assert all(set(here) <= {i, i - 1} for i, here in seen)
+@pytest.mark.parametrize("tied, order", [(False, [0, 1, 2, 3, 4, 4, 3, 2, 1, 0]),   # embedding, three blocks,
+                                         (True, [0, 1, 2, 3, 0, 0, 3, 2, 1, 0])])   # head, and back
+def test_fsdp_keeps_two_layers_at_most_and_gathers_one_ahead(ranks, tied, order):
+    for seen in ranks(2, whole_layers, tied):
+        assert [i for i, _, _ in seen] == order
+        assert [ahead for _, ahead, _ in seen] == [False, True, True, True, True] * 2
+        for i, _, here in seen:                            # a tied one is needed until backward's end
+            assert here <= ({i, 0} if tied else {i, i - 1})
 
 
 @pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
@@ -486,49 +473,65 @@ def test_pipeline_order_and_its_bubble(kind, p, m):
 
 
 def test_whole_checkpoints_only(tmp_path, ranks):
-    for steps in (1, 3):
-        ranks(2, save, C, str(tmp_path), dict(stage=3), steps)
-    path, = Z.checkpoints(tmp_path)                        # the older is gone
-    assert path.endswith("step-00000003")
+    (tmp_path / "notes.txt").write_text("mine")
+    for number in (1, 3):
+        ranks(2, save, C, str(tmp_path), dict(stage=3), number)
+    (path, _), = Z.checkpoints(tmp_path)                   # the older is gone
+    assert path.endswith("step-00000003") and (tmp_path / "notes.txt").exists()
     newer = tmp_path / "step-00000009"
     newer.mkdir()
     for file in Path(path).iterdir():
         (newer / file.name).write_bytes(file.read_bytes())
-    assert Z.checkpoints(tmp_path)[0] == str(newer)
-    (newer / "rank-1-of-2.pt").write_bytes(b"half")        # a crash while writing, at three moments
-    assert Z.checkpoints(tmp_path) == [path]
-    (newer / "rank-1-of-2.pt").unlink()
-    assert Z.checkpoints(tmp_path) == [path]
-    (newer / "whole.json").write_text("{")
-    assert Z.checkpoints(tmp_path) == [path]
+    assert Z.checkpoints(tmp_path)[0][0] == str(newer)
+    part = newer / "rank-1-of-2.pt"
+    for harm in (lambda: part.write_bytes(b"half"), part.unlink,             # a crash at any moment, or worse
+                 *(functools.partial((newer / "whole.json").write_text, text)
+                   for text in ("{", "{}", "[]", "3", '{"files": 3}', '{"files": {}}'))):
+        harm()
+        assert [found for found, _ in Z.checkpoints(tmp_path)] == [path]
     Z.ShardedCheckpoint(tmp_path).export(tmp_path / "one.pt")
     model, (expected, _) = M.load_model(tmp_path / "one.pt"), ranks(1, together, C, 12)[0]
     assert model.config == C and M.load_checkpoint(tmp_path / "one.pt")["step"] == 3
     assert set(expected) == {n for n, _ in model.named_parameters()}
+    part = Path(path) / "rank-1-of-2.pt"
+    part.write_bytes(bytes(part.stat().st_size))           # the right size, and nothing in it
+    with pytest.raises(ValueError, match="is damaged"):
+        Z.ShardedCheckpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="no whole checkpoint"):
         Z.ShardedCheckpoint(tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
+def test_a_full_disk_leaves_the_old_file(tmp_path, error):
+    def write(f):
+        f.write(b"new")
+        raise error
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OSError, match="could not save .*Free some space"):
+        Z.write_file(tmp_path / "a", write)
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old"]
+
+
 # --- (4) accounting -----------------------------------------------------------------------------------------
 
-def account(layout, m, batch=8):
-    torch.manual_seed(0)
-    trainer = Z.Trainer(M.Transformer(C), **layout, **ADAM)
+def account(c, layout, m, batch=8):
+    trainer = make(c, **layout)
     dp, place = trainer.mesh["dp"][1:]
-    x, y = (t[0].chunk(dp)[place] for t in data(C, batch))
+    x, y = (t[0].chunk(dp)[place] for t in data(c, batch))
     trainer.step(x, y, len(x) // m)
     with Z.CountBytes() as sent:
         trainer.step(x, y, len(x) // m)
     trainer.gradients(x, y)
-    return Z.measured_state(trainer), sent.total()
+    return Z.measured_state(trainer), sent.total
 
 
 @pytest.mark.parametrize("m", [1, 2])
 @pytest.mark.parametrize("name", Z.LAYOUTS)
-def test_bytes_held_and_sent_equal_the_formulas(ranks, name, m):
-    layout = Z.LAYOUTS[name][0]
-    state, sent = Z.predict(C, layout, 2, 8, m)
-    measured, counted = ranks(2, account, layout, m)[0]
+@pytest.mark.parametrize("variant", [{}, VARIANTS["gpt2"]], ids=["", "gpt2"])
+def test_bytes_held_and_sent_equal_the_formulas(ranks, variant, name, m):
+    c, layout = dataclasses.replace(C, **variant), Z.LAYOUTS[name][0]
+    state, sent = Z.predict(c, layout, 2, 8, m)
+    measured, counted = ranks(2, account, c, layout, m)[0]
     assert counted == sent                                 # to the byte
     assert sum(measured.values()) == pytest.approx(state, rel=0.02)
 
@@ -537,16 +540,28 @@ def test_bytes_held_and_sent_equal_the_formulas(ranks, name, m):
 def test_bytes_of_odd_worlds(ranks, world):
     for stage in range(4):
         state, sent = Z.predict(C, dict(stage=stage), world, 12, 1)
-        for measured, counted in ranks(world, account, dict(stage=stage), 1, 12):
+        for measured, counted in ranks(world, account, C, dict(stage=stage), 1, 12):
             assert counted == sent and sum(measured.values()) == pytest.approx(state, rel=0.02)
+
+
+def test_bytes_of_expert_parallel(ranks):
+    """A layer: two all-to-alls of the visits forward, two backward, and one of their counts. All else is
+    averaged. With expert choice all experts are visited equally often."""
+    c = dataclasses.replace(MOE, router="expert_choice")
+    visits, experts = 4 * c.context_length * 2, c.num_layers * 4 * 3 * 24 * 20
+    others = M.num_params(c) - experts
+    sent = (c.num_layers * (4 * visits * 24 * 4 + 4 * 8) + 2 * 4 * others) / 2 + 24    # and three sums
+    for measured, counted in ranks(2, account, c, dict(ep=True), 1):
+        assert counted == sent
+        assert sum(measured.values()) == pytest.approx(16 * (others + experts / 2), rel=0.02)
 
 
 def counted_exchange():
     x = torch.arange(12.0).view(6, 2)
     to, fro = ([1, 5], [1, 2]) if dist.get_rank() == 0 else ([2, 4], [5, 4])
     with Z.CountBytes() as sent:
-        Z.Exchange.apply(x, to, fro, dist.group.WORLD)
-    return sent.total()
+        Z.exchange(x, to, fro, dist.group.WORLD)
+    return sent.total
 
 
 def test_unequal_exchange_counts_what_leaves(ranks):
@@ -585,20 +600,42 @@ def misbehave(what, store):
         store.set(f"step/{rank}", str(step))
         if rank == 1 and step == 3:
             {"dies": lambda: os.kill(os.getpid(), signal.SIGKILL), "raises": lambda: 1 / 0,
-             "hangs": threading.Event().wait}[what]()
+             "hangs": threading.Event().wait, "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP)}[what]()
         dist.all_reduce(torch.ones(3))
-    return rank
 
 
 @pytest.mark.parametrize("what, line", [
     ("dies", "rank 1 at step 3: was killed by SIGKILL"), ("raises", "rank 1 at step 3: ZeroDivisionError"),
-    ("hangs", "rank 1 at step 3: does not answer")])
+    ("hangs", "rank 1 at step 3: does not answer"), ("stops", "rank 1 at step 3: does not answer")])
 def test_a_lost_rank_ends_all_and_is_named(what, line):
     begin, children = time.monotonic(), set(multiprocessing.active_children())
     with pytest.raises(RuntimeError, match=line) as e:
         Z.launch(misbehave, 3, what, timeout=3)
     assert "\n" not in str(e.value) and time.monotonic() - begin < 30
     assert set(multiprocessing.active_children()) <= children
+
+
+def sleeper(pipe, store):
+    pipe.send(os.getpid())
+    time.sleep(1000)
+
+
+def runs(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_ranks_do_not_outlive_their_parent():
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    parent = context.Process(target=Z.launch, args=(sleeper, 2, theirs))
+    parent.start()
+    pids, end = [ours.recv() for _ in range(2) if ours.poll(60)], time.monotonic() + 80
+    assert len(pids) == 2 and all(map(runs, pids))
+    parent.kill()
+    while any(map(runs, pids)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def differ(_, store):
@@ -611,69 +648,86 @@ def test_ranks_that_differ_are_named():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("text"), random.Random(0)
+def tokens(tmp_path_factory):
+    text, folder, rng = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tokens"), random.Random(0)
     words = ["".join(rng.choices("abcdefgh", k=rng.randrange(1, 7))) for _ in range(50)]
     for i in range(30):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choices(words, k=200)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokens(text, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokens")
+        (text / f"{i}.txt").write_text(" ".join(rng.choices(words, k=200)))
     bpe.prepare(folder, [text], vocab_size=300, num_processes=1, log=lambda *_: None)
     return folder
 
 
-SMALL = ("--d_model 32 --num_layers 2 --context_length 16 --batch_size 4 --save_steps 2 --device cpu "
-         "--steps 6").split()
-
-
 def arguments(tokens, out, *more):
-    return [*SMALL, "--data", str(tokens), "--out", str(out), *more]
+    return [*("--d_model 32 --num_layers 2 --context_length 16 --batch_size 4 --save_steps 2 --device cpu "
+              "--steps 6").split(), "--data", str(tokens), "--out", str(out), *more]
 
 
-def weights(out):
-    return M.load_checkpoint(out / "checkpoint.pt")["model"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_killed_under_torchrun_it_restarts_and_ends_with_the_same_weights(tokens, tmp_path, capfd):
-    """`torchrun --max-restarts`: rank 1 is killed at step 5; all restart from the checkpoint of step 4."""
-    script = tmp_path / "killed.py"
+    """Two torchruns, as on two hosts, which count their restarts apart: rank 1 is killed at step 5; all
+    restart, and go on from the checkpoint of step 4."""
+    script, killed = tmp_path / "killed.py", tmp_path / "killed"
     script.write_text(f"""
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 import zero
 draw = zero.draw
-def killed(tokens, T, seed, first, count):
-    if os.environ["RANK"] == "1" and first // 4 == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+def dies(tokens, T, seed, first, count):
+    if os.environ["RANK"] == "1" and first // 4 == 4 and not os.path.exists({str(killed)!r}):
+        open({str(killed)!r}, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
     return draw(tokens, T, seed, first, count)
-zero.draw = killed
+zero.draw = dies
 zero.main()
 """)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                "--max-restarts=2"]
-    run = subprocess.run([*torchrun, script, *arguments(tokens, tmp_path / "a", "--stage", "3")],
-                         env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-                         timeout=200)
-    assert run.returncode == 0, run.stderr
-    assert "resumed" in run.stdout                         # torchrun says itself who was killed
-    Z.main(arguments(tokens, tmp_path / "b", "--stage", "3"))                # undisturbed
-    for name, w in weights(tmp_path / "b").items():
-        close(weights(tmp_path / "a")[name], w, rtol=0, atol=0)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
+               "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", script]
+    torchruns = [subprocess.Popen([*command, *arguments(tokens, tmp_path / "a")], env=ENV, text=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
+    try:
+        outs, errors = map("".join, zip(*(torchrun.communicate(timeout=200) for torchrun in torchruns)))
+    finally:
+        for torchrun in torchruns:
+            torchrun.kill()
+    assert all(torchrun.returncode == 0 for torchrun in torchruns), errors
+    assert "resumed" in outs and "rank 1 at step 5: does not answer" in errors
+    Z.main(arguments(tokens, tmp_path / "b"))              # undisturbed
+    found, expected = (M.load_checkpoint(tmp_path / out / "checkpoint.pt")["model"] for out in "ab")
+    for name in expected:
+        close(found[name], expected[name], rtol=0, atol=0)
     with pytest.raises(SystemExit):
         Z.main(arguments(tokens, tmp_path / "b", "--resume", "--num_heads", "4"))
     err = capfd.readouterr().err.strip()
     assert "num_heads 2 there, 4 here" in err and err.count("\n") == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_a_kill_save_the_step_under_way(tokens, tmp_path, number):
+    log, more = tmp_path / "log.jsonl", ["--steps", "100000", "--save_steps", "100000"]
+    run = subprocess.Popen([sys.executable, ROOT / "zero.py", *arguments(tokens, tmp_path, *more)], env=ENV,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    first_step = next(line for line in run.stdout if line.startswith("step"))
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and err.strip() == "interrupted; --resume goes on from the last checkpoint"
+    done = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert M.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == len(done) == done[-1], first_step + out
+    assert Z.checkpoints(tmp_path / "sharded")[0][1]["step"] == len(done)
+
+
 @pytest.mark.parametrize("bad, says", [
     ("--lrr 3", "unrecognized arguments: --lrr 3"), ("--steps -1", "--steps -1 is out of range: 0 or more"),
     ("--d_model 33 --num_heads 2", "d_model=33 is not divisible"), ("--resume", "try --steps 1000"),
-    ("--gpu tpu", "invalid choice: 'tpu'"), ("--plan --gpus 7 --tokens 5e4", "do not split over --gpus 7")])
-def test_mistakes_are_one_line(bad, says, capsys, tmp_path):
+    ("--gpu tpu", "invalid choice: 'tpu'"), ("--plan --gpus 7 --tokens 5e4", "do not split over --gpus 7"),
+    ("--batch_size 6", "try --batch_size 8"), ("torchrun", "the lecture (no --steps) starts its own ranks")])
+def test_mistakes_are_one_line(bad, says, capsys, tmp_path, monkeypatch):
+    if bad == "torchrun":
+        monkeypatch.setenv("RANK", "0")
+        bad = ""
     with pytest.raises(SystemExit) as e:
         Z.main([*bad.split(), "--out", str(tmp_path)])
     err = capsys.readouterr().err.strip()
@@ -695,9 +749,10 @@ def test_commands_of_the_docstring_parse():
     found = re.findall(r"^(?:Run)? +(?:python|torchrun [^#\n]*?) ?zero\.py(.*?)(?:#.*)?$", commands, re.M)
     assert len(found) == 5
     for line in found:
-        Z.parse_args(shlex.split(line))
+        assert Z.parse_args(shlex.split(line)).unused == []
 
 
-def test_plan_prints(capsys, tmp_path):
-    Z.main("--plan --params 70e9 --gpus 1024 --gpu h100 --out".split() + [str(tmp_path)])
-    assert "MFU" in capsys.readouterr().out
+def test_plan_prints_and_says_what_it_leaves_aside(capsys, tmp_path):
+    Z.main([*"--plan --params 70e9 --gpus 1024 --gpu h100 --lr 3 --d_ff 64 --out".split(), str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "MFU" in out and "--lr, --d_ff: of no effect here" in out
