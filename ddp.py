@@ -21,13 +21,13 @@ Run    python ddp.py                                        # the lecture, on tw
        torchrun --nproc_per_node=8 ddp.py --steps 100 --sequence_ranks 4 --context_length 8192
        python ddp.py --bench_collectives 1,10,100           # all-reduce and its family, at these megabytes
 
-You should see (two ranks on two cores beside other jobs, load 6; shortened)
-       Averaging 93 gradients on 2 ranks; a step: computing, 257.5 ms, and what is not hidden of the messages
+You should see (two ranks on two cores, 19 s; shortened)
+       Averaging 93 gradients on 2 ranks; a step: computing, 61.7 ms, and what is not hidden of the messages
                      messages      bytes    counted  ms alone  hidden  ms a step  measured  error, 5 steps
-         naive             93  2,402,560  2,402,560     168.4      0%      425.9     440.9           1e-06
-         flat               1  2,402,560  2,402,560      23.3      0%      280.8     258.0           1e-06
-         overlapped        93  2,402,560  2,402,560      79.1     57%      291.8     399.2           1e-06
-         bucketed          11  2,402,560  2,402,560      26.1     97%      258.2     321.9           1e-06
+         naive             93  2,402,560  2,402,560     121.0      0%      182.8     194.3           1e-06
+         flat               1  2,402,560  2,402,560       6.3      0%       68.1      68.4           1e-06
+         overlapped        93  2,402,560  2,402,560      83.3     66%       90.1     162.3           1e-06
+         bucketed          11  2,402,560  2,402,560      18.3     84%       64.7      75.2           1e-06
        Ranks until averaging shows: 4,000,000 tokens a step, bf16, 396 TFLOP/s
          wires           bytes/s  ranks
          NVLink          4.5e+11  4,551

@@ -44,6 +44,7 @@ You should see (two cores, CPU; shortened)
        balance of 8 experts  busiest  idlest  nearly idle  dropped at capacity 1  last loss
        none                      64%    1.3%            3                    60%       1.60
        loss                      15%   11.6%            0                    15%       1.62
+
 Outline  1 the shape: ModelConfig, PRESETS   2 functions, written plainly   3 layers
          4 attention      5 feed-forward     6 the block and the model      -- stop here on a first reading --
          7 other mixers   8 mixture of experts      9 generation      10 accounting      11 checkpoints
