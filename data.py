@@ -24,15 +24,15 @@ Run    python data.py                                     # this lecture, a minu
        python data.py mix --data web=a.jsonl code=b.jsonl --stages 0.9:web=8,code=2 0.1:code=1
        python train.py --data out/web                     # read what `run` wrote
 
-You should see (CPU, beside other work; shortened)
+You should see (CPU; shortened)
        stage            documents    lost   share       MB  MB_lost  tokens_lost       s    docs/s
-       read                   952       2    0.2%     0.80     0.00            0     1.0       972
-       language               950      82    8.6%     0.80     0.08       19,425     0.7     1,417
-       rules                  868     194   22.4%     0.72     0.18       41,363     0.8     1,077
-       quality                674     212   31.5%     0.54     0.15       33,992     0.6     1,055
-       evaluation             462      73   15.8%     0.39     0.11       25,221     0.1     3,642
-       exact copies           389      98   25.2%     0.29     0.07       16,691     0.8       488
-       near copies            291      23    7.9%     0.21     0.02        3,660     0.1     4,391
+       read                   952       2    0.2%     0.80     0.00            0     1.0       927
+       language               950      82    8.6%     0.80     0.08       19,425     0.8     1,123
+       rules                  868     194   22.4%     0.72     0.18       41,363     1.0       904
+       quality                674     212   31.5%     0.54     0.15       33,992     0.8       835
+       evaluation             462      73   15.8%     0.39     0.11       25,221     0.1     3,152
+       exact copies           389      98   25.2%     0.29     0.07       16,691     0.2     2,060
+       near copies            291      23    7.9%     0.21     0.02        3,660     0.0    16,922
        planted   should go at   pages    gone   where
        good      -                292   33.9%   kept 193, a copy 62, quality 23, rules 14
        shuffled  quality           73   90.4%   quality 64, kept 7, rules 2

@@ -28,16 +28,16 @@ Run    python train.py                                   # under 5 minutes on tw
 
 You should see (two cores, CPU)
        step      0 | held out: loss 8.3178, 3.4051 bits/byte (first 121,097 tok)
-       step     52 | loss  5.0543 | lr 2.00e-02 | gnorm   0.46 |   281.5 ms |     7,274 tok/s | mfu n/a | ...
+       step    483 | loss  3.0790 | lr 0.00e+00 | gnorm   0.34 |   288.8 ms |     7,092 tok/s | mfu n/a | ...
        Held-out text, 121,097 tokens, 426,765 bytes
                                               loss, nats/token  bits/byte
          at the start                                   8.3178      3.405
-         at the end                                     3.4594      1.416
+         at the end                                     3.2646      1.336
          ln V for V = 4,096: knowing nothing            8.3178
          gzip -9                                                    1.858
          bzip2 -9                                                   1.599
          xz -9e                                                     1.572
-         1.416 bits/byte: below every compressor
+         1.336 bits/byte: below every compressor
 
 Outline  1 optimizers     2 schedules, clipping     3 batches: no token twice     4 evaluation
          5 resources      6 the loop                7 the report
