@@ -403,7 +403,7 @@ def test_a_study_goes_on_with_its_own_budgets(tmp_path, monkeypatch):
 def test_train_backend_runs_train_py(tmp_path):
     """One real run of a few steps: held-out loss near ln V, cost by the formula; a bad flag is a failed job."""
     text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {i} of a small text, with {i * i % 97} in it.\n" for i in range(20_000)))
+    text.write_text("".join(f"line {i} of a small text, with {i * i % 97} in it.\n" for i in range(6000)))
     s.bpe.prepare(tmp_path / "data", text, vocab_size=512)
     run = s.train_backend(tmp_path / "data", tmp_path / "runs", ["--batch_size", 4, "--context_length", 128,
                                                                  "--val_tokens", 2000, "--sample_tokens", 1])
