@@ -194,6 +194,13 @@ def test_plain_functions_equal_torch(shape, scale):
         close(ce, M.cross_entropy(x, targets), atol=1e-4, rtol=1e-5)
 
 
+def test_ignored_targets_count_in_neither_term_of_the_loss():
+    x, targets = normal(3, 7, 11), torch.randint(0, 11, (3, 7))
+    kept = torch.rand(3, 7) > 0.4
+    close(torch.stack(M.lm_loss(x, targets.masked_fill(~kept, -100), 0.3)),
+          torch.stack(M.lm_loss(x[kept], targets[kept], 0.3)), **FP32)
+
+
 def test_bf16_of_large_magnitude_stays_finite_and_norms_run_in_fp32():
     x = normal(5, 123) * 1e4
     for f in (lambda v: M.rms_norm(v, torch.ones(123)), lambda v: M.layer_norm(v, torch.ones(123)), M.softmax,
