@@ -179,12 +179,12 @@ def merge_pairs(counts, num_merges, show=False):
     symbol, weight = lay_out(counts)
     tokens = [bytes([b]) for b in range(256)]
     order = [tie_key(token) for token in tokens]
-    place = np.int32 if len(symbol) < 1 << 31 else np.int64               # places are most of the memory
     # bytes of each token; a merge takes a symbol away, so there are no more merges than symbols
-    length = np.ones(256 + min(num_merges, len(symbol)), place)
+    length = np.ones(256 + min(num_merges, len(symbol)), symbol.dtype)
     heap, merges = [], []
-    at = np.flatnonzero((symbol[:-1] >= 0) & (symbol[1:] >= 0)).astype(place)
-    push_pairs(heap, order, weight, pair_key(symbol[at], symbol[at + 1]), at)
+    at = ((symbol[:-1] >= 0) & (symbol[1:] >= 0)).nonzero()[0].astype(symbol.dtype)
+    key = (symbol[at] << 8 | symbol[at + 1]).astype(np.uint16)
+    push_pairs(heap, order, weight, key, at, lambda k: divmod(k, 256))
     progress = Progress("merge", num_merges, show, "merges", 1)
     while heap and len(merges) < num_merges:
         minus_bound, _, _, a, b, at = heapq.heappop(heap)
@@ -213,23 +213,26 @@ def merge_pairs(counts, num_merges, show=False):
         has_left = (left >= 0) & (left != new)
         has_right = right >= 0
         left, right = left[has_left], right[has_right]
-        push_pairs(heap, order, weight, np.concatenate([pair_key(left, new), pair_key(new, right)]),
-                   np.concatenate([at[has_left] - length[left], at[has_right]]))
+        # new pairs: the left neighbour as it is, the right one as its complement, which is negative
+        push_pairs(heap, order, weight, np.concatenate([left, ~right]),
+                   np.concatenate([at[has_left] - length[left], at[has_right]]),
+                   lambda k: (k, new) if k >= 0 else (new, ~k))
         progress(len(merges))
     progress.close()
     return merges
 
 
-def lay_out(counts):
-    """{b"ab": 5, b"c": 2} -> symbol [-1 a b -1 c -1], weight [0 5 5 0 2 0]: all words in one array."""
+def lay_out(counts, large=1 << 24):
+    """{b"ab": 5, b"c": 2} -> symbol [a b -1 c -1], weight [5 5 5 2 2]: all words in one array. What stands
+    before the first word is, by Python's index -1, the last -1."""
+    text = b"\xff".join(counts) + b"\xff"            # UTF-8 has no byte 0xff
+    # places and symbols are most of the memory: 4 bytes each in a large text, but numpy is faster with 8
+    small = large < len(text) < 1 << 31 and max(counts.values()) < 1 << 31
+    kind = np.int32 if small else np.int64
+    symbol = np.frombuffer(text, np.uint8).astype(kind)
+    symbol[symbol == 0xff] = -1
     size = np.fromiter(map(len, counts), np.int64, len(counts))
-    # a byte of word k (from 0) moves k + 1 places: one for each -1 before it
-    at = np.arange(size.sum()) + np.repeat(np.arange(1, len(counts) + 1), size)
-    symbol = np.full(size.sum() + len(counts) + 1, -1, np.int32)
-    weight = np.zeros(len(symbol), np.int64)
-    symbol[at] = np.frombuffer(b"".join(counts), np.uint8)
-    weight[at] = np.repeat(np.fromiter(counts.values(), np.int64, len(counts)), size)
-    return symbol, weight
+    return symbol, np.repeat(np.fromiter(counts.values(), kind, len(counts)), size + 1)
 
 
 def tie_key(token):
@@ -238,24 +241,20 @@ def tie_key(token):
     return "".join([chr(255 - b) for b in token]) + "\u0100"
 
 
-def pair_key(first, second):
-    """Two symbols in one number; either may be an array."""
-    return np.int64(first) << 32 | second
-
-
-def push_pairs(heap, order, weight, key, at):
-    """The pair key[i] stands at at[i]. One heap entry (-count, tie, tie, a, b, places) a distinct pair:
-    sorted by pair, its places are one slice of at, from start to end."""
+def push_pairs(heap, order, weight, key, at, pair):
+    """At at[i] stands the pair (a, b) = pair(key[i]). One heap entry (-count, tie, tie, a, b, places) a
+    distinct pair: sorted by key, its places are one slice of at, from start to end."""
     if not len(at):
         return
     # stable: the places of one pair stay ascending, as every_second needs them
-    by_pair = np.argsort(key, kind="stable")
+    by_pair = key.argsort(kind="stable")
     key, at = key[by_pair], at[by_pair]
-    start = np.concatenate([[0], np.flatnonzero(key[1:] != key[:-1]) + 1])
+    del by_pair                                      # of a large text half a gigabyte
+    start = np.concatenate([[0], (key[1:] != key[:-1]).nonzero()[0] + 1])
     count = np.add.reduceat(weight[at], start)
     end = [*start[1:].tolist(), len(at)]
     for k, n, i, j in zip(key[start].tolist(), count.tolist(), start.tolist(), end):
-        a, b = k >> 32, k & 0xFFFFFFFF
+        a, b = pair(k)
         heapq.heappush(heap, (-n, order[a], order[b], a, b, at[i:j]))
 
 
@@ -831,7 +830,11 @@ class BPETokenizer:
     def decode_bytes(self, ids):
         """The bytes of a list or, faster, an array of ids. ValueError: an id outside 0 .. vocab_size - 1."""
         if not isinstance(ids, np.ndarray):
-            ids = np.fromiter(ids, np.int64)
+            ids = list(ids)
+            try:
+                ids = np.frombuffer(array("I", ids), np.uint32)           # three times as fast as np.array
+            except OverflowError:
+                ids = np.array(ids, object)          # refused below
         if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < self.vocab_size:
             bad = next(i for i in ids.tolist() if not 0 <= i < self.vocab_size)
             raise ValueError(f"id {bad} is not in the vocabulary of {self.vocab_size} ids, which begin at 0")
@@ -1123,6 +1126,7 @@ def load_tokens(path, tokenizer=None):
 
 STDLIB = Path(os.__file__).resolve().parent
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".html", ".csv", ".jsonl", ".txt.gz", ".jsonl.gz")
+RECORDS = "log.jsonl", "results.jsonl"               # what training writes, should --data hold --out
 HELD_OUT = False, b"\xff" * 32                       # the greatest split_key of the 5%
 
 
@@ -1152,7 +1156,7 @@ def text_files(data):
             raise FileNotFoundError(f"{path}: no such file or folder; give --data a text file or a folder")
         found = [path] if not path.is_dir() else [
             p for p in sorted(path.rglob("*"))
-            if p.name.endswith(TEXT_SUFFIXES) and p.is_file() and p.stat().st_size]
+            if p.name.endswith(TEXT_SUFFIXES) and p.name not in RECORDS and p.is_file() and p.stat().st_size]
         if not found:
             raise ValueError(f"{path}: no text files in this folder ({' '.join(TEXT_SUFFIXES)})")
         files += found

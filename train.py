@@ -373,7 +373,7 @@ def evaluate(model, tokens, eot, device="cpu", autocast=contextlib.nullcontext, 
 
 
 def bits_per_byte(nats, num_bytes):
-    return nats / math.log(2) / num_bytes
+    return nats / math.log(2) / max(1, num_bytes)          # the first --eval_tokens may be all end of text
 
 
 def token_bytes(tokenizer):
@@ -497,7 +497,11 @@ class Run:
         self.step, self.sequences, self.elapsed, self.bad_steps, self.first_val = 0, 0, 0.0, 0, None
         self.noise = [0.0, 0.0]                            # mean |g|^2 of one micro-batch, and of the batch
         if state:
-            self.restore(state)
+            try:
+                self.restore(state)
+            except (LookupError, TypeError, AttributeError) as e:          # another script's, or damaged
+                raise ValueError(f"the checkpoint holds no training run to resume ({e!r}): load it with "
+                                 f"model.load_model, or train afresh without --resume") from None
         self.forward = torch.compile(self.model) if s.compile else self.model
 
     def save(self, path):
@@ -590,6 +594,16 @@ class Run:
         return dict(val_loss=nats / n, val_bpb=bits_per_byte(nats, int(self.token_bytes[self.val[:n]].sum())))
 
 
+@contextlib.contextmanager
+def saved_on_error(run, path):
+    """A full disk under the log, or a closed pipe behind stdout, does not cost the weights."""
+    try:
+        yield
+    except OSError:
+        run.save(path)
+        raise
+
+
 def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
     """The whole run -> {run, val_loss, val_bpb, checkpoint, log, plan}. Each step is a line of out/log.jsonl.
     Raises FloatingPointError after max_bad_steps, SystemExit after a signal; both leave a checkpoint."""
@@ -598,7 +612,8 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
     plan = None if quiet else describe(run.config, s, run.device, run.dtype, len(train_tokens), tokenizer)
     say = (lambda line: None) if quiet else (lambda line: print(line, flush=True))
     trim_log(log_path, run.step if state else -1, run.progress() == 1)
-    with open(log_path, "a") as log, Stop() as stop:
+    guard = contextlib.nullcontext() if quiet else saved_on_error(run, checkpoint)
+    with guard, open(log_path, "a") as log, Stop() as stop:
         def record(kind, fields):
             log.write(json.dumps(dict(kind=kind, **fields)) + "\n")
             log.flush()
@@ -828,14 +843,15 @@ def results_table(title, results):
 def sweep(s, data):
     """--sweep lr=0.01,0.02 d_model=128,192: the grid of all given values, one run each."""
     names, values = [], []
+    shared = {"vocab_size", "data", "val", "corpus", "tokenizer", "errors", "threads", "preset", "out",
+              "resume", "ablate", "bakeoff", "sweep", "help"}
     for item in s.sweep:
         name, _, listed = item.partition("=")
+        if name in shared:
+            raise ValueError(f"--sweep {name}: all runs of a sweep share it; give each its own run and --out")
         names.append(name)
         values.append([setting_value(name, v) for v in listed.split(",")])
     grid = [dict(zip(names, combination)) for combination in itertools.product(*values)]
-    shared = {"vocab_size", "data", "val", "corpus", "tokenizer", "errors", "threads", "preset", "out"}
-    for name in shared.intersection(names):
-        raise ValueError(f"--sweep {name}: all runs of a sweep share it; give each its own run and --out")
     for change in grid:
         check(argparse.Namespace(**{**vars(s), **change}))
     variants = [(" ".join(f"{k}={v}" for k, v in change.items()), change) for change in grid]
@@ -1037,6 +1053,9 @@ def setting_value(name, text):
 
 def check(s):
     """Values that argparse cannot judge alone."""
+    modes = [f"--{k}" for k in ("ablate", "bakeoff", "sweep") if getattr(s, k)]
+    if len(modes) > 1:
+        raise ValueError(f"{' and '.join(modes)} are different jobs: give one")
     budgets = [k for k in BUDGETS if getattr(s, k)]
     if len(budgets) != 1:
         raise ValueError(f"give one budget, not {len(budgets)} ({', '.join(budgets) or 'none'}): "
@@ -1047,6 +1066,10 @@ def check(s):
     for name, low in least.items():
         if not low <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name} {getattr(s, name)} is out of range: {low} or more")
+    most = dict(threads=1024, seed=2**63 - 1, lr=1e6, head_lr=1e6, embedding_lr=1e6, weight_decay=1e6)
+    for name, high in most.items():                        # what torch can take
+        if getattr(s, name) > high:
+            raise ValueError(f"--{name} {getattr(s, name)} is out of range: {high} or less")
     for name in ("warmup", "final_lr", "momentum", "beta1", "beta2"):
         if not 0 <= getattr(s, name) <= (1 if name == "final_lr" else 0.9999):
             raise ValueError(f"--{name} {getattr(s, name)} is out of range: from 0 to below 1")
@@ -1058,6 +1081,8 @@ def check(s):
                          f"divisor of --batch_size {s.batch_size}, such as {max(1, s.batch_size // 4)}")
     if s.corpus and s.data:
         raise ValueError(f"--corpus {s.corpus} and --data {' '.join(s.data)} are two sources: give one")
+    if s.prompt.encode(errors="ignore").decode() != s.prompt:
+        raise ValueError(f"--prompt {s.prompt!a} is not valid UTF-8")
 
 
 FREE_ON_RESUME = {"resume", "out", "device", "threads", "evals", "eval_tokens", "val_tokens", "save_minutes",
@@ -1110,8 +1135,8 @@ def open_data(s):
                                 errors=s.errors, tokenizer=None if by_byte else s.tokenizer)["tokenizer"]
     train_tokens, val_tokens = (bpe.load_tokens(os.path.join(folder, f"{part}.bin"), tokenizer)
                                 for part in ("train", "val"))
-    if len(val_tokens) < 2:
-        raise ValueError(f"{os.path.join(folder, 'val.bin')} holds {len(val_tokens)} tokens: "
+    if len(val_tokens) < 2 or (val_tokens[:s.val_tokens] == tokenizer.eot_id).all():
+        raise ValueError(f"{os.path.join(folder, 'val.bin')} holds {len(val_tokens)} tokens and no text: "
                          f"give held-out text with --val")
     return tokenizer, train_tokens, val_tokens
 
@@ -1124,6 +1149,28 @@ def keep_freed_memory():
         libc, largest = ctypes.CDLL(None), 2**31 - 1
         libc.mallopt(-3, largest)                          # M_MMAP_THRESHOLD
         libc.mallopt(-1, largest)                          # M_TRIM_THRESHOLD
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Two runs would write one checkpoint.pt.tmp. The lock is the system's: a kill -9 frees it, too."""
+    try:
+        import fcntl
+    except ImportError:                                    # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another train.py is at work there; "
+                             f"wait, or give another --out") from None
+        except OSError:                                    # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def keep_old_checkpoint(s):
@@ -1146,13 +1193,15 @@ def run_command(argv=None):
         if s.threads:
             torch.set_num_threads(s.threads)
         os.makedirs(s.out, exist_ok=True)
-        data = open_data(s)
-        if typed.get("vocab_size", data[0].vocab_size) != data[0].vocab_size:
-            print(f"note     --vocab_size {s.vocab_size} is not used: the tokenizer has {data[0].vocab_size}")
-        if s.ablate or s.bakeoff or s.sweep:
-            return (ablate if s.ablate else bakeoff if s.bakeoff else sweep)(s, data)
-        keep_old_checkpoint(s)
-        report(s, train(s, *data, state), *data)
+        with alone_in(s.out):
+            data = open_data(s)
+            if typed.get("vocab_size", data[0].vocab_size) != data[0].vocab_size:
+                print(f"note     --vocab_size {s.vocab_size} is not used: "
+                      f"the tokenizer has {data[0].vocab_size}")
+            if s.ablate or s.bakeoff or s.sweep:
+                return (ablate if s.ablate else bakeoff if s.bakeoff else sweep)(s, data)
+            keep_old_checkpoint(s)
+            report(s, train(s, *data, state), *data)
     except FloatingPointError as e:
         parser.exit(1, f"train.py: stopped: {e}\n")
     except RuntimeError as e:                              # torch.OutOfMemoryError on a GPU is one

@@ -131,6 +131,13 @@ def test_merges_do_not_depend_on_processes_or_files(tmp_path, corpus, trained):
         assert bpe.train_bpe(path, 900, [EOT], num_processes=processes) == trained["gpt2"], (path, processes)
 
 
+def test_a_large_text_is_laid_out_in_half_the_memory(monkeypatch, corpus, trained):
+    monkeypatch.setattr(bpe.lay_out, "__defaults__", (1,))
+    assert {array.dtype for array in bpe.lay_out({b"ab": 2, b"c": 3})} == {np.dtype(np.int32)}
+    assert bpe.lay_out({b"ab": 1 << 31})[1].tolist() == [1 << 31] * 3      # a count that needs 64 bits
+    assert bpe.train_bpe(corpus, 900, [EOT], num_processes=1) == trained["gpt2"]
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_encode_equals_merging_in_learned_order(trained, name):
     vocab, merges = trained[name][0], trained[name][1][:200]
@@ -344,7 +351,7 @@ def test_every_list_of_ids_decodes(tok):
         data = b"".join(tok.vocab[i] for i in ids)          # mostly broken UTF-8
         assert tok.decode_bytes(ids) == data
         assert tok.decode(np.array(ids, np.uint16)) == data.decode("utf-8", "replace")
-    for bad in (900, -1):
+    for bad in (900, -1, 1 << 70):
         with pytest.raises(ValueError, match=f"{bad}.*900"):
             tok.decode([1, bad])
     with pytest.raises(UnicodeDecodeError):
@@ -497,6 +504,8 @@ def test_documents_of_every_format(tmp_path):
         assert list(bpe.read_documents([tmp_path / name])) == texts, name
     (tmp_path / "f.md").write_bytes(texts[0].encode())
     assert list(bpe.read_documents([tmp_path / "f.md", tmp_path / "c.txt"])) == [texts[0], *texts]
+    (tmp_path / "log.jsonl").write_text('{"loss": 1}\n')    # of a run whose --out lies in its --data
+    assert tmp_path / "log.jsonl" not in bpe.text_files(tmp_path)
     (tmp_path / "g.jsonl").write_text(json.dumps({"text": f"a{EOT}b"}) + "\n")        # text, not an end
     info = bpe.encode_files(bpe.ByteTokenizer(), [tmp_path / "g.jsonl"], tmp_path / "g.bin", num_processes=1)
     assert info["documents"] == (np.fromfile(tmp_path / "g.bin", info["dtype"]) == 256).sum()

@@ -867,7 +867,11 @@ def line_of(capsys, status):
     (["--steps", 5, "--batch_size", 6, "--micro_batch", 4],
      "--batch_size 6 is not a multiple of --micro_batch 4: try --batch_size 8"),
     (["--steps", 5, "--batch_size", 0], "--batch_size 0"), (["--steps", 5, "--noise_scale"], "--micro_batch"),
-    (["--steps", 5, "--beta1", 1.0], "--beta1"),
+    (["--steps", 5, "--beta1", 1.0], "--beta1"), (["--steps", 5, "--threads", 10**8], "--threads 100000000"),
+    (["--steps", 5, "--seed", 2**63], "--seed 9223372036854775808"), (["--steps", 5, "--lr", 1e300], "--lr"),
+    (["--ablate", "--bakeoff"], "--ablate and --bakeoff"), (["--steps", 5, "--prompt", "\udce9"], "--prompt"),
+    (["--steps", 5, "--sweep", "help=1"], "--sweep help"),
+    (["--steps", 5, "--sweep", "resume=True"], "--sweep resume"),
     (["--steps", 5, "--d_model", 33], "num_heads"), (["--steps", 5, "--device", "tpu"], "tpu"),
     (["--steps", 5, "--schedule", "linear"], "linear"),
     (["--steps", 5, "--context_length", 1_000_000], "--context_length"),
@@ -967,6 +971,9 @@ def test_bad_checkpoints_on_resume(data, undisturbed, tmp_path, capsys):
                                                         num_layers=1)))
     assert "no training" in resume()
     state = torch.load(io.BytesIO(whole), weights_only=True)
+    for key in ("rng", "sequences", "optimizer", "tokenizer"):               # as another script leaves it
+        torch.save({k: v for k, v in state.items() if k != key}, path)
+        assert "no training run to resume" in resume()
     for change in (dict(tokenizer="0123"), dict(model={k: v for k, v in state["model"].items()
                                                        if "wo" not in k})):
         torch.save({**state, **change}, path)
@@ -977,6 +984,30 @@ def test_bad_checkpoints_on_resume(data, undisturbed, tmp_path, capsys):
 def test_a_folder_that_cannot_be_written(data, tmp_path, capsys):
     (tmp_path / "file").write_text("x")
     assert "file" in line_of(capsys, go(data, tmp_path / "file" / "out", "--steps", 1))
+
+
+def test_a_closed_pipe_does_not_cost_the_weights(data, tmp_path, monkeypatch, capsys):
+    def closed(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+    monkeypatch.setattr(R, "log_line", closed)
+    assert "Broken pipe" in line_of(capsys, go(data, tmp_path, "--steps", 3, "--log_seconds", 0))
+    assert state_of(tmp_path)["step"] == 1
+    monkeypatch.undo()
+    assert command("--resume", "--out", tmp_path) == 0 and state_of(tmp_path)["step"] == 3
+
+
+def test_two_runs_do_not_share_a_folder(data, tmp_path, capsys):
+    with R.alone_in(tmp_path):
+        assert "another train.py" in line_of(capsys, go(data, tmp_path, "--steps", 1))
+    assert go(data, tmp_path, "--steps", 1) == 0           # and the lock is free again
+
+
+def test_held_out_text_that_is_none(texts, tmp_path, capsys):
+    (tmp_path / "val.txt").write_text(bpe.EOT * 3)
+    flags = ("--data", texts, "--val", tmp_path / "val.txt", "--out", tmp_path / "out", "--vocab_size", 300)
+    assert "no text" in line_of(capsys, command(*flags, *SHAPE, "--steps", 1))
+    (tmp_path / "val.txt").write_text(bpe.EOT * 3 + "some text")           # the first tokens have no bytes
+    assert command(*flags, *SHAPE, "--eval_tokens", 2, "--steps", 3, "--evals", 3) == 0
 
 
 def test_a_disk_full_while_saving(data, tmp_path, monkeypatch, capsys):
