@@ -388,8 +388,9 @@ def partial_sums(x):
 
 def check_rows(x, w):
     check(x, w)
-    expect(x.dim() and w.shape == x.shape[-1:] and 0 < x.shape[-1] <= 16384, "rows and gain", [x, w],
-           "a gain as long as a row, and rows of 1 to 16384 numbers, which fit in registers")
+    expect(x.dim() and w.shape == x.shape[-1:] and 0 < x.shape[-1] * x.element_size() <= 2**15,
+           "rows and gain", [x, w], "a gain as long as a row, and rows of 1 to 16384 numbers (float32: 8192) "
+           "that fit in registers")
 
 
 def weighted_sum(x, w):
@@ -415,13 +416,13 @@ def rmsnorm_kernel(x_ptr, add_ptr, w_ptr, y_ptr, h_ptr, rstd_ptr, eps, ADD: tl.c
 def rmsnorm_backward_kernel(dy_ptr, dh_ptr, h_ptr, w_ptr, rstd_ptr, dx_ptr, dw_ptr, ADD: tl.constexpr, M, N,
                             ROWS: tl.constexpr, BLOCK: tl.constexpr):
     col, dw = tl.arange(0, BLOCK)[None, :], tl.zeros((ROWS, BLOCK), tl.float32)
-    w = load(w_ptr + col, col < N)
     for first in range(tl.program_id(0) * ROWS, M, tl.num_programs(0) * ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
         at, ok = row.to(tl.int64) * N + col, (row < M) & (col < N)
         rstd = load(rstd_ptr + row, row < M)
         n = load(h_ptr + at, ok) * rstd                    # the normalised row
-        dy = load(dy_ptr + at, ok)
+        # w again, from L2: kept, it would spill in rows of 16384.
+        dy, w = load(dy_ptr + at, ok), load(w_ptr + col, col < N)
         dw += dy * n
         dx = rstd * (dy * w - n * (tl.sum(dy * w * n, 1, keep_dims=True) / N))
         if ADD:                                            # the sum goes on along the residual stream
@@ -489,8 +490,9 @@ def rope_kernel(x_ptr, y_ptr, cos_ptr, sin_ptr, xb, xt, xn, yb, yt, yn, tb, T, N
 def rotate(x, cos, sin, sign, inplace=False):
     (B, T, N, H), tb = x.shape, 0 if cos.dim() == 2 else x.shape[1]
     y = x if inplace else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    rope_kernel[(B * T,)](x, y, cos, sin, *x.stride()[:3], *y.stride()[:3], tb, T, N, sign, H,
-                          triton.next_power_of_2(N), triton.next_power_of_2(H))
+    heads, block = triton.next_power_of_2(N), triton.next_power_of_2(H)
+    rope_kernel[(B * T,)](x, y, cos, sin, *x.stride()[:3], *y.stride()[:3], tb, T, N, sign, H, heads, block,
+                          num_warps=min(16, max(4, heads * block // 2048)))
     return y
 
 
@@ -877,7 +879,8 @@ def flash_tiles(x):
     H = x.shape[-1]
     if x.dtype == torch.float32 or x.is_cuda and torch.cuda.get_device_properties(
             x.device).shared_memory_per_block_optin < 227 * 1024:
-        tiles = [(64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)] if H <= 64 else [(32, 32, 4, 1)] * 3
+        tiles = ([(64, 32, 4, 2), (32, 32, 4, 2), (32, 32, 4, 2)] if H <= 64 else
+                 [(16, 32, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)])
     elif H <= 64:
         tiles = (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)
     elif H <= 128:
@@ -885,6 +888,11 @@ def flash_tiles(x):
     else:
         tiles = (64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 8, 2)
     return [dict(zip(("BQ", "BK", "num_warps", "num_stages"), t)) for t in tiles]
+
+
+def head_dims(dtype):
+    """Those that compile without spilling: rows of 16 bytes, and in fp32, which takes most registers, 128."""
+    return range(16, 136 if dtype == torch.float32 and not INTERPRETED else 264, 8)
 
 
 def heads_last(x):
@@ -938,8 +946,9 @@ def attention(q, k, v, is_causal=True, window=0):
            k.shape[0] == q.shape[0] and (q.dim() == 3 or q.shape[1] % k.shape[1] == 0) and
            q.dtype == k.dtype == v.dtype and len(q) < 2**16, "attention", [q, k, v],
            "(B,N,T,H) and twice (B,K,S,H), N a multiple of K, B at most 65,535")
-    if not 16 <= H <= 256:
-        raise ValueError(f"head dim {H} is not supported: 16 to 256, or torch's scaled_dot_product_attention")
+    if H not in head_dims(q.dtype):
+        raise ValueError(f"head dim {H} is not supported in {str(q.dtype)[6:]}: 16 to "
+                         f"{head_dims(q.dtype)[-1]} in steps of 8, or torch's scaled_dot_product_attention")
     if window < 0 or window and not is_causal:
         raise ValueError(f"window={window}, is_causal={is_causal}: windows are 0 or more, and look back only")
     return FlashAttention.apply(q, k, v, is_causal, window)
@@ -965,15 +974,22 @@ MATMUL_TILES = [triton.Config(dict(BM=BM, BN=BN, BK=BK, GROUP=8), num_warps=warp
                                                   (64, 128, 64, 4, 4), (64, 64, 32, 4, 3))]
 
 
-@triton.autotune(MATMUL_TILES[:1 if INTERPRETED else None], key=["M", "N", "K"])       # timed once a shape
+def tiles_that_fit(tiles, args, **_):
+    """fp32, three products of tf32, spills registers in all but the smallest."""
+    return tiles[-1:] if args["a_ptr"].dtype == torch.float32 else tiles
+
+
+@triton.autotune(MATMUL_TILES[:1 if INTERPRETED else None], key=["M", "N", "K"],       # timed once a shape
+                 prune_configs_by=dict(early_config_prune=tiles_that_fit))
 @triton.jit
 def matmul_kernel(a_ptr, b_ptr, c_ptr, M, N, K, am, ak, bk, bn, GELU: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     pm, pn = tile_position(tl.program_id(0), tl.cdiv(M, BM), tl.cdiv(N, BN), GROUP)
     m, n = (pm * BM + tl.arange(0, BM))[:, None].to(tl.int64), (pn * BN + tl.arange(0, BN))[None, :]
     k, acc = tl.arange(0, BK), tl.zeros((BM, BN), tl.float32)
+    ak, bk = tl.cast(ak, tl.int64), tl.cast(bk, tl.int64)  # BK rows of 2^25 numbers are 2^31 of them
     a_ptr += m * am + k[None, :] * ak
-    b_ptr += k[:, None].to(tl.int64) * bk + n.to(tl.int64) * bn
+    b_ptr += k[:, None] * bk + n.to(tl.int64) * bn
     for start in range(0, K, BK):
         a = tl.load(a_ptr, mask=(m < M) & (k[None, :] < K - start), other=0.0)
         b = tl.load(b_ptr, mask=(k[:, None] < K - start) & (n < N), other=0.0)
@@ -1111,7 +1127,8 @@ def low_bit_linear(x, q, scale):
            scale.shape == (len(q), x.shape[1] // GROUP_SIZE), "low_bit_linear", [x, q, scale],
            "(M,K), and q and scale from quantize(w, bits)")
     (M_, K), N = x.shape, len(q)
-    BM, BN, stages = (16, 32, 4) if M_ <= 16 else (64, 128, 2)               # decoding; a prompt
+    # Decoding, and fp32, which spills in the other; a prompt.
+    BM, BN, stages = (16, 32, 4) if M_ <= 16 or x.dtype == torch.float32 else (64, 128, 2)
     tiles, groups = triton.cdiv(M_, BM) * triton.cdiv(N, BN), K // GROUP_SIZE
     # Too few tiles to fill the machine: programs share the columns of a tile, and one sum joins their parts.
     splits = max(1, min(8, groups // 4, 4 * num_sms(x.device) // max(1, tiles)))
@@ -1177,17 +1194,24 @@ class GroupedLinear(torch.autograd.Function):
     def backward(ctx, dy):
         (x, w, ends), dy = ctx.saved_tensors, dy.contiguous()
         (E, N, K), dw = w.shape, torch.empty_like(w)
-        grouped_dw_kernel[(E, triton.cdiv(N, 128), triton.cdiv(K, 128))](x, dy, ends, dw, N, K, 128, 128, 64,
-                                                                         num_warps=8, num_stages=3)
+        side, depth, warps = grouped_tile(x)
+        grouped_dw_kernel[(E, triton.cdiv(N, side), triton.cdiv(K, side))](
+            x, dy, ends, dw, N, K, side, side, depth, num_warps=warps, num_stages=3)
         return grouped_product(dy, w, ends), dw, None
+
+
+def grouped_tile(x):
+    """Side and depth of a tile, warps."""
+    return (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)         # as in tiles_that_fit
 
 
 def grouped_product(x, w, ends):
     """x (S,K), w (E,K,N) of any strides -> (S,N)"""
     (E, K, N), y = w.shape, torch.empty(len(x), w.shape[2], dtype=x.dtype, device=x.device)
-    tiles = (triton.cdiv(len(x), 128) + E) * triton.cdiv(N, 128)             # at most: E of them not full
-    grouped_kernel[(min(tiles, 2 * num_sms(x.device)),)](x, w, ends, y, E, N, K, *w.stride(), 128, 128, 64,
-                                                         num_warps=8, num_stages=3)
+    side, depth, warps = grouped_tile(x)
+    tiles = (triton.cdiv(len(x), side) + E) * triton.cdiv(N, side)           # at most: E of them not full
+    grouped_kernel[(min(tiles, 2 * num_sms(x.device)),)](x, w, ends, y, E, N, K, *w.stride(), side, side,
+                                                         depth, num_warps=warps, num_stages=3)
     return y
 
 
@@ -1408,7 +1432,8 @@ def compile_only(every_tile=False, arch=90):
         return kernel
 
     def compile_tiles(self, *args, **kw):
-        for config in self.configs[:None if every_tile else 1]:
+        self.nargs = dict(zip(self.arg_names, args))
+        for config in self.prune_configs(kw)[:None if every_tile else 1]:
             self.fn.run(*args, **kw, **config.all_kwargs())
     with patch.object(driver, "_active", hopper), patch.object(JITFunction, "run", compile), \
             patch.object(Autotuner, "run", compile_tiles):
@@ -1431,13 +1456,15 @@ def inspect_kernel(kernel):
         return len(re.findall(pattern, code))
     return dict(name=kernel.metadata.name, warps=kernel.metadata.num_warps, shared=kernel.metadata.shared,
                 registers=used("REG"), stack=used("STACK"), spills=count(r"\b(?:LDL|STL)\b"),
-                dot="tt.dot" in kernel.asm["ttir"], wgmma=count(r"\b[HQI]GMMA"), mma=count(r"\b[HQI]MMA"),
+                wgmma=count(r"\b[HQI]GMMA"), mma=count(r"\b[HQI]MMA"), dot="tt.dot" in kernel.asm["ttir"],
+                fp32=bool(re.search(r"tt\.dot .*: tensor<\w+xf32> \*", kernel.asm["ttir"])),
                 tma=count(r"\bUTMALDG"), loads=count(r"\bLDG\b"), wide=count(r"\bLDG\.E\S*\.128"))
 
 
 def faults(r):
     """What is wrong with a compiled kernel, in words."""
-    few_rows = r["name"] == "low_bit_kernel"               # decoding: 16 rows, and WGMMA wants 64
+    # WGMMA wants 64 rows: decoding has 16, and fp32 attention no registers for them.
+    few_rows = r["name"] == "low_bit_kernel" or r["fp32"] and r["name"].startswith("flash")
     wrong = {f"{r['spills']} spills, {r['stack']} bytes of stack": r["spills"] or r["stack"],
              f"{r['shared']:,} bytes of shared memory, over 227 KB": r["shared"] > 227 * 1024,
              "over 65,536 registers a block": r["registers"] * 32 * r["warps"] > 65536,
@@ -1455,13 +1482,16 @@ def compile_report(out, only=(), every_tile=False):
         command += ["--only", *only] if only else []
         return not subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "0"}).returncode
     rows, start = [], time.perf_counter()
-    for case in cases("meta", torch.bfloat16, full=True):
-        if not only or case.name in only:
+    for kind in (torch.bfloat16, torch.float16, torch.float32)[:None if every_tile else 1]:
+        for case in cases("meta", kind, full=True):
+            if only and case.name not in only or case.name == "linear, TMA" and kind == torch.float32:
+                continue
             with compile_only(every_tile) as log:
                 outcome(case.ours, case.inputs())
-                if every_tile and case.name == "attention":
-                    compile_attention()
-            rows += [dict(case=case.name, **r, faults=faults(r)) for r in log]
+                if every_tile:
+                    compile_more(case, kind)
+            name = case.name if kind == torch.bfloat16 else f"{case.name}, {str(kind)[6:]}"
+            rows += [dict(case=name, **r, faults=faults(r)) for r in log]
     M.table(f"Machine code for sm_90 (H100, H200), made here by triton {triton.__version__} in "
             f"{time.perf_counter() - start:.0f} s; at most 255 registers a thread, 227 KB shared a block",
             ["case", "kernel", "warps", "registers", "spills", "KB", "wgmma", "mma", "tma", "wide", ""],
@@ -1472,13 +1502,25 @@ def compile_report(out, only=(), every_tile=False):
     return not any(r["faults"] for r in rows)
 
 
-def compile_attention():
-    """The other head dims, without a mask, and with a window."""
-    for H in (16, 32, 64, 80, 128, 256):
-        q, k = (torch.empty(4, n, 4096, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
-                for n in (32, 8))
-        for options in ((True, 0), (False, 0), (True, 1024)):
-            outcome(lambda q, k, v: attention(q, k, v, *options), [q, k, k])
+def compile_more(case, kind):
+    """What a case leaves out: the other widths of rows, head dims, masks, one query, a prompt on few bits."""
+    def new(*shapes, grad=True):
+        return [torch.empty(s, dtype=kind, device="meta", requires_grad=grad) for s in shapes]
+    if case.name in ("softmax", "weighted sum", "RMSNorm", "add + RMSNorm"):
+        for N in (512, 8192, 16384, 50304):
+            if case.name == "softmax" or N * kind.itemsize <= 2**15:
+                like = [(N,) if len(t.shape) == 1 else (4096, N) for t in case.inputs()]
+                outcome(case.ours, new(*like))
+    if case.name == "RoPE":
+        outcome(lambda x: rope(x, *new((64, 64), (64, 64), grad=False)), new((2, 64, 136, 128)))
+    if "weights" in case.name:
+        case.ours(*new((4096, 4096), grad=False), *case.inputs()[1:])
+    if case.name == "attention":
+        dims = (16, 32, 64, 80, 128, 256) if kind == torch.bfloat16 else (64, 128)
+        for H, T, *options in [(H, 4096, True, 0) for H in dims] + [(128, 1, True, 0)] + [
+                (H, 4096, *o) for H in dims[-1:] + (64,) for o in ((False, 0), (True, 1024))]:
+            outcome(lambda q, k, v: attention(q, k, v, *options),
+                    new((4, 32, T, H), (4, 8, 4096, H), (4, 8, 4096, H)))
 
 
 # --- 11. measuring ------------------------------------------------------------------------------------------
@@ -1617,9 +1659,9 @@ def in_model():
         return self.w2(swiglu(self.w1(x), self.w3(x))) if self.act is F.silu else plain_ffn(self, x)
 
     def choose_kernel(self, q, k, v, positions, key_positions, plain):
-        if not plain or self.c.attn_softcap or not 16 <= q.shape[-1] <= 256:
-            return plain_kernel(self, q, k, v, positions, key_positions, plain)
         kind = work_dtype(q)
+        if not plain or self.c.attn_softcap or q.shape[-1] not in head_dims(kind):
+            return plain_kernel(self, q, k, v, positions, key_positions, plain)
         return attention(q.to(kind), k.to(kind), v.to(kind), True, self.c.window)
 
     def forward(self, ids, positions=None, cache=None):
@@ -1639,7 +1681,10 @@ def in_model():
         yield
 
 
-def end_to_end(c, batch_size, device):
+WAYS = ("plain PyTorch", "our kernels", "plain, compiled", "our kernels, compiled")
+
+
+def end_to_end(c, batch_size, device, ways=WAYS):
     """One model and batch, plain and on our kernels (on a GPU also compiled): loss and gradients, time and
     peak memory of forward and backward -> rows of the table."""
     torch.manual_seed(0)
@@ -1653,10 +1698,10 @@ def end_to_end(c, batch_size, device):
         if not p.any():
             torch.nn.init.normal_(p, 0, 0.02)
     ids, rows, exact = random_ids(c, batch_size, device), [], None
-    for name, compiled in (("plain PyTorch", False), ("our kernels", False), ("plain, compiled", True),
-                           ("our kernels, compiled", True))[:4 if cuda else 2]:
+    for name in ways[:4 if cuda else 2]:
         with in_model() if "our" in name else contextlib.nullcontext():
-            steps = training_steps(torch.compile(model, dynamic=False) if compiled else model, ids, device)
+            steps = training_steps(torch.compile(model, dynamic=False) if "compiled" in name else model, ids,
+                                   device)
             loss = steps["forward"]().item()
             steps["forward + backward"]()
             grads = torch.cat([p.grad.flatten().double() for p in model.parameters()])
@@ -1799,8 +1844,9 @@ def benchmark(device, peers=None, only=()):
             if not (case.bytes or case.flops)[i]:
                 continue
             row, ready = dict(case=case.name, which=which), {}
-            for name, f in {"ours": case.ours, "operators": case.plain, **(peers or {}).get(case.name, {}),
-                            "torch.compile": torch.compile(case.plain, dynamic=False)}.items():
+            for name, f in {"ours": case.ours, "operators": case.plain,
+                            "torch.compile": torch.compile(case.plain, dynamic=False),
+                            **(peers or {}).get(case.name, {})}.items():
                 try:
                     ready[name] = prepare(f, inputs, which)
                 except Exception as e:  # out of memory, or not for this GPU: the others go on
@@ -1814,7 +1860,7 @@ def benchmark(device, peers=None, only=()):
             if case.flops and "ours" in ready:
                 row["TFLOP/s"] = sum(case.flops[:i + 1]) / row["ours"] / 1e6
             rows.append(row)
-            torch.compiler.reset()
+        torch.compiler.reset()
     return rows
 
 

@@ -3,6 +3,7 @@
     python tests/gpu.py                          # all parts; out/gpu.json as results come, then a table
     python tests/gpu.py --only correct bench     # some parts
     python tests/gpu.py --minutes 20             # every part's time limit in proportion
+    python tests/gpu.py --dry                    # no GPU: every check at tiny shapes, for its own errors
 
 A part is a generator of (check, function) pairs under @part(seconds); a function returns a dict of results,
 with "ok": False when it is wrong, and raises what it likes. To add one, write it at the end of section 2.
@@ -12,9 +13,11 @@ ended at the part's limit. A first run spends most of its time compiling; a part
 says so, and a second run finds the compiled code on disk. Without a GPU: one line, status 0.
 """
 import argparse
+import gc
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -23,7 +26,9 @@ import time
 import traceback
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
+START = time.monotonic()                                   # a cold machine may need a minute to import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import model as M  # noqa: E402
@@ -33,11 +38,38 @@ import torch.nn.functional as F  # noqa: E402
 
 Part = namedtuple("Part", "seconds processes checks")      # seconds: of the eight minutes
 PARTS = {}
+D = "cuda"                                                 # "cpu" in a dry run
+
+
+def pick(real, small):
+    return real if D == "cuda" else small
+
+
+def dry_run():
+    """Make this process walk through all checks on a CPU: one call where a clock would want many, no
+    compiler, fp32. What is wrong in this file shows here, not on a GPU that is lent for minutes."""
+    global D
+    import kernels as K
+    D, cases = "cpu", K.cases
+    assert K.INTERPRETED, "a dry run needs TRITON_INTERPRET=1 where there is a GPU"
+
+    def race(functions, *_, **__):
+        for f in functions.values():
+            f()
+        return dict.fromkeys(functions, (1.0, 0.0))
+    K.cases, K.race = lambda device="cpu", *_, **__: cases(device), race
+    torch.compile = lambda f, **_: f
+    for name in ("synchronize", "empty_cache", "reset_peak_memory_stats"):
+        setattr(torch.cuda, name, lambda *_: None)
+    torch.cuda.memory_allocated = torch.cuda.max_memory_allocated = lambda *_: 0
+    torch.cuda.get_device_name = lambda *_: "a dry run"
+    torch.cuda.get_device_properties = lambda *_: SimpleNamespace(total_memory=0)
+    PARTS.update({name: p._replace(processes=1) for name, p in PARTS.items()})
 
 
 def part(seconds, processes=1):
     def register(function):
-        PARTS[function.__name__] = Part(seconds, processes, function)
+        PARTS[function.__name__] = Part(seconds, min(processes, os.cpu_count() or 1), function)
         return function
     return register
 
@@ -61,7 +93,7 @@ def peers(K):
         def run(q, k, v):
             T = q.shape[2]
             if T not in masks:
-                masks[T] = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device="cuda")
+                masks[T] = create_block_mask(lambda b, h, i, j: i >= j, None, None, T, T, device=D)
             return compiled(q, k, v, block_mask=masks[T], enable_gqa=True)
         return run
 
@@ -85,8 +117,12 @@ def peers(K):
         w = K.dequantize(q, scale).to(x.dtype)
         return lambda x, *_: F.linear(x, w)
 
-    def scaled(x, w, a, b):
-        return torch._scaled_mm(x, w.T, scale_a=a[:, None], scale_b=b[None], out_dtype=torch.bfloat16)
+    def scaled(x, w, a, b):                                # fast_accum: sums as ours, in some 14 bits
+        return torch._scaled_mm(x, w.T, scale_a=a[:, None], scale_b=b[None], out_dtype=torch.bfloat16,
+                                use_fast_accum=True)
+
+    def no_loop(*_):
+        raise ValueError("a loop over lengths that only the GPU knows")
     found = {"GeLU": {"torch": lambda x: F.gelu(x, approximate="tanh")},
              "SwiGLU": {"torch": lambda a, b: F.silu(a) * b},
              "softmax": {"torch": lambda x: F.softmax(x, -1)},
@@ -97,9 +133,10 @@ def peers(K):
              "linear, fp8": {"cuBLAS": scaled},
              "linear, int8 weights": {"bf16 weights": once(bf16_weights)},
              "linear, int4 weights": {"bf16 weights": once(bf16_weights)},
+             "grouped linear": {"torch.compile": no_loop},
              "AdamW": {"torch, fused": once(fused_adamw)}}
     if hasattr(F, "grouped_mm"):
-        found["grouped linear"] = {"F.grouped_mm": lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends)}
+        found["grouped linear"]["F.grouped_mm"] = lambda x, w, ends: F.grouped_mm(x, w.mT, offs=ends)
     if hasattr(F, "linear_cross_entropy"):
         found["linear + cross-entropy"] = {"torch": F.linear_cross_entropy}
     try:
@@ -119,19 +156,40 @@ def peers(K):
 
 # --- 2. the parts -------------------------------------------------------------------------------------------
 
+@part(30, processes=12)
+def compiled():
+    """What the timed parts will run, compiled for this GPU by all cores at once: they find it on disk."""
+    import kernels as K
+
+    def run(function, inputs):
+        if K.INTERPRETED:                                  # a dry run
+            return {"rows": []}
+        major, minor = torch.cuda.get_device_capability()
+        with K.compile_only(True, arch=10 * major + minor) as log:
+            K.outcome(function, inputs())
+        return {"rows": [{**r, "faults": K.faults(r)} for r in log]}
+    for case in K.cases("meta", torch.bfloat16, full=True):
+        yield case.name, lambda case=case: run(case.ours, case.inputs)
+    for B, N, heads, T, H, window in SHAPES:
+        yield f"attention, {B} {N} {heads} {T} {H} {window}", lambda B=B, N=N, heads=heads, T=T, H=H, w=window: run(
+            lambda q, k, v: K.attention(q, k, v, True, w),
+            lambda: [torch.empty(B, n, T, H, dtype=torch.bfloat16, device="meta", requires_grad=True)
+                     for n in (N, heads, heads)])
+
+
 @part(20)
 def ceilings():
     """What this GPU reaches at best: the floors of everything below."""
     import kernels as K
 
     def copy():
-        x, y = torch.empty(2, 2**29, dtype=torch.uint8, device="cuda")
-        return {"GB/s": 2 * x.numel() / K.race({"copy": lambda: y.copy_(x)}, "cuda")["copy"][0] / 1e9}
+        x, y = torch.empty(2, pick(2**29, 2**10), dtype=torch.uint8, device=D)
+        return {"GB/s": 2 * x.numel() / K.race({"copy": lambda: y.copy_(x)}, D)["copy"][0] / 1e9}
 
-    def product(dtype):
+    def product(dtype, n=8192):
         def run():
-            a, b = torch.randn(2, 8192, 8192, device="cuda").to(dtype)     # zeros would run cooler and faster
-            return {"TFLOP/s": 2 * 8192**3 / K.race({"a @ b": lambda: a @ b}, "cuda")["a @ b"][0] / 1e12}
+            a, b = torch.randn(2, *pick((n, n), (8, 8)), device=D).to(dtype)         # zeros would run cooler
+            return {"TFLOP/s": 2 * n**3 / K.race({"a @ b": lambda: a @ b}, D)["a @ b"][0] / 1e12}
         return run
     yield "copy of 512 MB", copy
     yield "bf16 product, 8192^3", product(torch.bfloat16)
@@ -150,95 +208,110 @@ def compared(K, ours, exact, inputs, limit):
             "ok": all(e < limit for e in errors)}
 
 
-@part(60, processes=8)
+@part(55, processes=12)
 def correct():
-    """Every kernel on fresh random inputs against float64. Compiling them takes longest: eight processes."""
+    """Every kernel on fresh random inputs against float64. Compiling them takes longest: many processes."""
     import kernels as K
     torch.manual_seed(time.time_ns() % 2**31)
     limits = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 1e-5}
-    for dtype, limit in limits.items():
-        for case in K.cases("cuda", dtype):
-            if case.name == "linear, TMA" and dtype == torch.float32:
+    low = pick(torch.bfloat16, torch.float32)
+    for dtype, limit in pick(limits, {low: 1e-5}).items():
+        for case in K.cases(D, dtype):
+            if case.name == "linear, TMA" and dtype == torch.float32 and D == "cuda":
                 continue                                   # bf16, fp16 and fp8 only
             yield f"{case.name}, {str(dtype)[6:]}", lambda case=case, limit=limit: compared(
                 K, case.ours, case.plain, case.inputs(), max(limit, 1e-2 if "fp8" in case.name else 0))
 
     def attention(T, S, H, causal, window, dtype):
         def exact(q, k, v):
-            position = torch.arange(S, device="cuda")
+            position = torch.arange(S, device=D)
             mask = M.attention_mask(position[S - T:], position, window) if causal else None
             k, v = (t.repeat_interleave(3, 1) for t in (k, v))
             return M.scaled_dot_product_attention(q, k, v, mask)
 
         def inputs():
-            return [torch.randn(2, n, t, H, device="cuda").to(dtype).requires_grad_()
+            return [torch.randn(2, n, t, H, device=D).to(dtype).requires_grad_()
                     for n, t in ((6, T), (2, S), (2, S))]
         return lambda: compared(K, lambda *t: K.attention(*t, causal, window), exact, inputs(), limits[dtype])
-    for H in (16, 32, 64, 80, 128, 256):
-        for T, S, causal, window in ((777, 777, True, 0), (300, 777, True, 0), (500, 600, False, 0),
-                                     (777, 777, True, 100)):
+    for H in pick((16, 32, 64, 80, 128, 256), [16]):
+        for T, S, causal, window in pick(((777, 777, True, 0), (300, 777, True, 0), (500, 600, False, 0),
+                                          (777, 777, True, 100), (1, 777, True, 0)), [(9, 20, True, 5)]):
             yield f"attention H {H}, {T} x {S}, {'causal' if causal else 'full'}, window {window}", \
-                attention(T, S, H, causal, window, torch.bfloat16)
-    for H in (64, 128, 256):
-        yield f"attention H {H}, fp32", attention(333, 333, H, True, 0, torch.float32)
-    for n in (1, 7, 123, 4095, 50257):
+                attention(T, S, H, causal, window, low)
+    for H in pick((64, 128), [24]):
+        yield f"attention H {H}, fp32", attention(*pick((333, 333), (9, 9)), H, True, 0, torch.float32)
+    for n in pick((1, 7, 123, 4095, 16384, 50257), (1, 7)):
         yield f"softmax, rows of {n}", lambda n=n: compared(
             K, K.softmax, lambda x: torch.softmax(x, -1),
-            [torch.randn(37, n, device="cuda", requires_grad=True)], 1e-5)
+            [torch.randn(37, n, device=D, requires_grad=True)], 1e-5)
+    for n in pick((16384, 8192), [24]):                    # the widest, in bf16 and fp32
+        yield f"RMSNorm, rows of {n}", lambda n=n, kind=pick(torch.bfloat16, low) if n > 8192 else torch.float32: \
+            compared(K, K.rms_norm, lambda x, w: F.rms_norm(x, w.shape, w, 1e-5), [
+                torch.randn(shape, device=D).to(kind).requires_grad_() for shape in ((1000, n), (n,))],
+                limits[kind])
     yield "softmax and cross-entropy beyond 2^31 elements", lambda: far_rows(K)
     yield "attention and RoPE beyond 2^31 elements", lambda: far_tokens(K)
 
 
 def far_rows(K):
-    """Offsets in 32 bits would wrap: the last rows of 2.4e9 elements."""
-    x = torch.randn(80_000, 30_000, device="cuda", dtype=torch.bfloat16)
-    t = torch.randint(0, 30_000, (80_000,), device="cuda")
-    tail = x[-5:].float()
-    error = (K.softmax(x)[-5:].float() - tail.softmax(-1)).abs().max().item()
-    loss = K.cross_entropy(x, t, reduction="none")[-5:]
-    error = max(error, (loss - F.cross_entropy(tail, t[-5:], reduction="none")).abs().max().item())
+    """Offsets in 32 bits would wrap: the last rows of 2.4e9 elements, forward and backward."""
+    R, V = pick((80_000, 30_000), (9, 300))
+    x = torch.randn(R, V, device=D, dtype=pick(torch.bfloat16, torch.float32)).requires_grad_()
+    t = torch.randint(0, V, (R,), device=D)
+    tail, last = x.detach()[-5:].double().requires_grad_(), t[-5:]
+    pairs = [(K.softmax(x.detach())[-5:], tail.detach().softmax(-1))]
+    loss, exact = K.cross_entropy(x * 1, t, reduction="none"), F.cross_entropy(tail, last, reduction="none")
+    pairs += [(loss[-5:], exact), (torch.autograd.grad(loss.sum(), x)[0][-5:],
+                                   torch.autograd.grad(exact.sum(), tail)[0])]
+    error = max(((a.double() - b).norm() / b.norm()).item() for a, b in pairs)
     return {"error": error, "ok": error < 1e-2}
 
 
-def far_tokens(K, T=300_000, N=64, H=128, W=128):
+def far_tokens(K):
     """The last 8 of 300,000 tokens, 64 heads and one key head among them; a window, so that time stays short
     and the last tokens alone give the same numbers. Takes 20 GB."""
-    q = torch.randn(1, T, N, H, device="cuda", dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
+    T, N, H, W = pick((300_000, 64, 128, 128), (40, 4, 16, 8))
+    q = torch.randn(1, T, N, H, device=D, dtype=pick(torch.bfloat16, torch.float32))
+    q = q.transpose(1, 2).requires_grad_()
     key = q.detach()[:, :1]                                # a view: its rows are as far apart as q's
     y = K.attention(q, key, key, True, W)
     dy = torch.randn_like(y)
     dq, = torch.autograd.grad(y, q, dy)
-    at = torch.arange(T - W - 8, T, device="cuda")
+    at = torch.arange(T - W - 8, T, device=D)
     tail = q.detach()[:, :, at].double().requires_grad_()
     exact = M.scaled_dot_product_attention(tail, *[key[:, :, at].double()] * 2, M.attention_mask(at, at, W))
     dtail, = torch.autograd.grad(exact, tail, dy[:, :, at].double())
-    turned = K.rope(q.detach().transpose(1, 2), *K.rope_table(torch.arange(T, device="cuda"), H))
+    turned = K.rope(q.detach().transpose(1, 2), *K.rope_table(torch.arange(T, device=D), H))
     pairs = [(y[:, :, -8:], exact[:, :, -8:]), (dq[:, :, -8:], dtail[:, :, -8:]),
              (turned[:, -8:].transpose(1, 2), M.apply_rope(tail[:, :, -8:].float(), at[-8:]))]
     error = max(((a.double() - b).norm() / b.double().norm()).item() for a, b in pairs)
     return {"error": error, "ok": error < 2e-2}
 
 
-@part(130)
+@part(115)
 def bench():
     """ours | operators | torch.compile | the best library, in turn; the share of the floor reached."""
     import kernels as K
     libraries = peers(K)
     for case in K.cases("meta"):
-        yield case.name, lambda case=case: {"rows": K.benchmark("cuda", peers=libraries, only=[case.name])}
+        yield case.name, lambda case=case: {"rows": K.benchmark(D, peers=libraries, only=[case.name])}
 
 
-@part(50)
+# Of causal attention: batch, heads, kv heads, tokens, head dim, window.
+SHAPES = [(4, 32, 32, 4096, 128, 0), (1, 16, 16, 16384, 64, 0), (4, 32, 8, 4096, 128, 0),
+          (1, 16, 16, 16384, 128, 0), (2, 32, 32, 8192, 64, 0), (1, 8, 8, 32768, 128, 0),
+          (1, 8, 8, 32768, 128, 1024)]
+
+
+@part(45)
 def attention():
-    """Causal attention against torch's best, by shape: (batch, heads, kv heads, tokens, head dim, window)."""
+    """Causal attention against torch's best, by shape; flex, which compiles long, is in bench."""
     import kernels as K
-    known = peers(K)["attention"]
-    shapes = [(4, 32, 32, 4096, 128, 0), (1, 16, 16, 16384, 64, 0), (4, 32, 8, 4096, 128, 0),
-              (1, 16, 16, 16384, 128, 0), (2, 32, 32, 8192, 64, 0), (1, 8, 8, 32768, 128, 0),
-              (1, 8, 8, 32768, 128, 1024)]
+    known = {name: f for name, f in peers(K)["attention"].items() if name != "flex"}
 
     def run(B, N, heads, T, H, window):
-        q, k, v = (torch.randn(B, T, n, H, device="cuda").bfloat16().transpose(1, 2).requires_grad_()
+        kind = pick(torch.bfloat16, torch.float32)
+        q, k, v = (torch.randn(B, T, n, H, device=D).to(kind).transpose(1, 2).requires_grad_()
                    for n in (N, heads, heads))
         flops = 2 * B * N * T * T * H                      # a full row is 4 T^2 H; the causal half of it
         out = {}
@@ -250,25 +323,25 @@ def attention():
                     ready[name] = K.prepare(f, [q, k, v], which)
                 except Exception as e:
                     out[f"{name}, {which}"] = M.first_line(e)[:60]
-            for name, (seconds, _) in K.race(ready, "cuda", 10).items():
+            for name, (seconds, _) in K.race(ready, D, 10).items():
                 out[f"{name}, {which}, ms"] = 1000 * seconds
                 if not window:
                     out[f"{name}, {which}, TFLOP/s"] = amount / seconds / 1e12
         return out
-    for shape in shapes:
+    for shape in pick(SHAPES, [(1, 2, 1, 20, 16, 5)]):
         yield "B {} N {} K {} T {} H {} window {}".format(*shape), lambda shape=shape: run(*shape)
     # The course's table: batch 8, no heads; the naive form runs out of memory where ours does not.
-    for H in (16, 64, 128):
-        for T in (256, 1024, 4096, 16384):
+    for H in pick((16, 64, 128), [16]):
+        for T in pick((256, 1024, 4096, 16384), [20]):
             yield f"naive against ours, batch 8, T {T}, H {H}", lambda T=T, H=H: naive_against_ours(K, T, H)
 
 
 def naive_against_ours(K, T, H):
     out = {}
     for name, f in (("naive", lambda q, k, v: M.scaled_dot_product_attention(
-            q, k, v, torch.ones(T, T, dtype=bool, device="cuda").tril())), ("ours", K.attention)):
-        q, k, v = (torch.randn(8, T, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-                   for _ in range(3))
+            q, k, v, torch.ones(T, T, dtype=bool, device=D).tril())), ("ours", K.attention)):
+        q, k, v = (torch.randn(8, T, H, device=D, dtype=pick(torch.bfloat16, torch.float32),
+                               requires_grad=True) for _ in range(3))
         try:
             before = torch.cuda.memory_allocated()
             y = f(q, k, v)
@@ -276,7 +349,7 @@ def naive_against_ours(K, T, H):
             del y
             for which in ("forward", "forward + backward"):
                 call = K.prepare(f, [q, k, v], which)
-                out[f"{name}, {which}, ms"] = 1000 * K.race({name: call}, "cuda", 10)[name][0]
+                out[f"{name}, {which}, ms"] = 1000 * K.race({name: call}, D, 10)[name][0]
         except torch.OutOfMemoryError:
             out[name] = "out of memory"
             torch.cuda.empty_cache()
@@ -285,59 +358,19 @@ def naive_against_ours(K, T, H):
 
 @part(40)
 def model():
-    """The model of model.py on our kernels: loss, gradients, step time, peak memory."""
+    """The model of model.py on our kernels: loss, gradients, step time, peak memory. 4 x 2048 tokens."""
     import kernels as K
-    c = M.ModelConfig(vocab_size=50304, context_length=2048, d_model=1024, num_layers=8, num_heads=16,
-                      num_kv_heads=4, init="glorot")
+    c = M.ModelConfig(vocab_size=50304, context_length=2048, d_model=pick(1024, 256), num_layers=6,
+                      num_heads=16, num_kv_heads=4, init="glorot")
 
-    def run():
-        rows = K.end_to_end(c, 4, "cuda")
-        names = ("way", "loss", "gradient", "ms", "peak GB")
+    def run(ways):
+        names, rows = ("way", "loss", "gradient", "ms", "peak GB"), K.end_to_end(c, 4, D, ways)
         return {"rows": [dict(zip(names, r)) for r in rows], "ok": all(float(r[2]) < 5e-2 for r in rows)}
-    yield "8 layers of 1024, 4 x 2048 tokens", run
+    for ways in (K.WAYS[:2], K.WAYS[::3], K.WAYS[::2])[:pick(3, 1)]:         # compiled ones last: minutes
+        yield " against ".join(ways[::-1]), lambda ways=ways: run(ways)
 
 
-class RandomText:
-    """As much of a tokenizer as train.Run asks for: speed does not depend on what the tokens say."""
-    vocab_size, eot_id = 50304, 0
-
-    def hash(self):
-        return "random"
-
-
-GPT2 = "--preset gpt2 --batch_size 64 --micro_batch 32 --optimizer adamw --steps 1000 --dtype bf16"
-LARGE = ("--preset small --d_model 2048 --num_layers 24 --num_heads 16 --context_length 2048 --batch_size 16 "
-         "--micro_batch 4 --optimizer adamw --steps 1000 --dtype bf16")    # 1.4B parameters
-
-
-@part(130)
-def train():
-    """Tokens a second and MFU of train.py's own step, with and without our kernels."""
-    import contextlib
-    import numpy as np
-    import kernels as K
-    import train as R
-    R.token_bytes = lambda tokenizer: np.ones(tokenizer.vocab_size, dtype=np.int64)
-
-    def run(flags, ours, steps=6):
-        s = R.settings(flags.split() + ["--device", "cuda"])[0]
-        tokens = np.random.default_rng(0).integers(0, RandomText.vocab_size, 2**22, dtype=np.uint16)
-        with K.in_model() if ours else contextlib.nullcontext():
-            run = R.Run(s, RandomText(), tokens, tokens[:10000])
-            run.model.train()
-            torch.cuda.reset_peak_memory_stats()
-            fields = [run.train_step() for _ in range(steps)][2:]          # two to warm up and compile
-        return {"tok/s": statistics.median(f["tok_s"] for f in fields), "loss": fields[-1]["loss"],
-                "mfu": statistics.median(f["mfu"] or math.nan for f in fields),
-                "peak GB": torch.cuda.max_memory_allocated() / 1e9, "ok": math.isfinite(fields[-1]["loss"])}
-    for compiled in ("", " --compile"):                    # what compiles for minutes comes last
-        for name, flags in (("GPT-2 124M", GPT2), ("1.4B", LARGE)):
-            for ours in (True, False):
-                label = name + ", our kernels" * ours + ", compiled" * bool(compiled)
-                yield label, lambda flags=flags + compiled, ours=ours: run(flags, ours)
-
-
-@part(60)
+@part(50)
 def leaderboard():
     """The course's systems leaderboard: a full step of an 8.13B model on 2 x 32768 tokens in bf16. Two B200s:
     naive 10 s, the class's best 3.84 s. One GPU holds it with each block recomputed in the backward pass:
@@ -347,7 +380,7 @@ def leaderboard():
 
     def run():
         memory = torch.cuda.get_device_properties(0).total_memory
-        return full_step(c, 2, "cuda") if memory > 115e9 else {"s a step": f"not run: {memory / 1e9:.0f} GB"}
+        return full_step(c, 2, D) if memory > 115e9 else {"s a step": f"not run: {memory / 1e9:.0f} GB"}
     yield "8.13B, 2 x 32768 tokens", run
 
 
@@ -373,26 +406,82 @@ def full_step(c, batch_size, device, dtype=torch.bfloat16):
             "ok": bool(net.norm.weight.isfinite().all())}  # one NaN in the loss, and it were NaN, too
 
 
-@part(20)
+@part(45)
 def decode():
-    """One sequence, token by token, bf16, model.py's plain cache; the bound: each weight read once."""
-    def run(shape, tokens=64):
-        c = M.ModelConfig(**shape)
-        net = M.Transformer(c).to("cuda", torch.bfloat16).eval()
-        cache, ids = net.make_cache(), torch.randint(0, c.vocab_size, (1, 128), device="cuda")
-        with torch.no_grad():
-            ids = net(ids, cache=cache)[:, -1:].argmax(-1)
-            for i in range(tokens):
-                if i == 8:                                 # the first ones warm up
-                    torch.cuda.synchronize()
-                    start = time.perf_counter()
-                ids = net(ids, cache=cache)[:, -1:].argmax(-1)
-            torch.cuda.synchronize()
-        rate = (tokens - 8) / (time.perf_counter() - start)
-        return {"tok/s": rate, "GB/s of weights": rate * 2 * M.num_params(c) / 1e9}
-    yield "GPT-2 124M", lambda: run(dict(M.PRESETS["gpt2"], init="glorot", tie_embeddings=False))
-    yield "1.4B", lambda: run(dict(vocab_size=50304, context_length=2048, d_model=2048, num_layers=24,
-                                   num_heads=16, init="glorot"))
+    """infer.py's engine with its CUDA graphs, bf16, 128 tokens in, greedy; the bound: every weight that a token
+    needs (not the rows of the embedding that it does not look up) is read once a step."""
+    import infer as I
+    import kernels as K
+
+    def run(shape, rows, steps=32):
+        c = M.ModelConfig(**{**shape, "init": "glorot", "tie_embeddings": False, "context_length": 256})
+        with torch.device(D):
+            net = M.Transformer(c).to(pick(torch.bfloat16, torch.float32))
+        engine = I.Engine(I.tune(net), rows, 0, num_blocks=rows, share=False)
+        requests = [engine.add(I.Request(torch.randint(0, c.vocab_size, (128,)).tolist(), 96, temperature=0))
+                    for _ in range(rows)]
+        while not all(len(r.output) >= 8 for r in requests):                 # prompts, and the graph recorded
+            engine.step()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step()
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / steps
+        parts = M.count_params(c)
+        moved = 2 * (sum(parts.values()) - parts["embedding"] - parts["position"]) / seconds
+        _, bandwidth = K.HARDWARE.get(torch.cuda.get_device_name(), (0, math.nan))
+        return {"tok/s": rows / seconds, "ms a step": 1000 * seconds, "GB/s of weights": moved / 1e9,
+                "of the data sheet": moved / bandwidth, "ok": not any(r.finish for r in requests)}
+    tiny = dict(d_model=32, num_layers=1, num_heads=2, vocab_size=64)
+    for name, shape in (("GPT-2 124M", {**M.PRESETS["gpt2"], "vocab_size": 50304}), ("1.4B", dict(
+            vocab_size=50304, d_model=2048, num_layers=24, num_heads=16))):
+        for rows in (1, 16):
+            yield f"{name}, {rows} at once", lambda shape=shape, rows=rows: run(pick(shape, tiny), rows)
+
+
+class RandomText:
+    """As much of a tokenizer as train.Run asks for: speed does not depend on what the tokens say."""
+    vocab_size, eot_id = 50304, 0
+
+    def hash(self):
+        return "random"
+
+
+GPT2 = "--preset gpt2 --batch_size 64 --micro_batch 32 --optimizer adamw --steps 1000 --dtype bf16"
+LARGE = ("--preset small --d_model 2048 --num_layers 24 --num_heads 16 --context_length 2048 --batch_size 16 "
+         "--micro_batch 4 --optimizer adamw --steps 1000 --dtype bf16")    # 1.4B parameters
+TINY = ("--preset tiny --num_layers 1 --d_model 32 --context_length 16 --batch_size 2 --micro_batch 1 "
+        "--optimizer adamw --steps 1000 --dtype fp32")     # for a dry run
+
+
+@part(100)
+def train():
+    """Tokens a second and MFU of train.py's own step, with and without our kernels."""
+    import contextlib
+    import numpy as np
+    import kernels as K
+    import train as R
+    R.token_bytes = lambda tokenizer: np.ones(tokenizer.vocab_size, dtype=np.int64)
+
+    def run(flags, ours, steps=pick(6, 3)):
+        s, text = R.settings(pick(flags, TINY).split() + ["--device", D])[0], RandomText()
+        text.vocab_size = pick(text.vocab_size, 64)
+        tokens = np.random.default_rng(0).integers(0, text.vocab_size, 2**22, dtype=np.uint16)
+        with K.in_model() if ours else contextlib.nullcontext():
+            with torch.device(D):                          # 1.4e9 random numbers take a CPU half a minute
+                run = R.Run(s, text, tokens, tokens[:10000])
+            run.model.train()
+            torch.cuda.reset_peak_memory_stats()
+            fields = [run.train_step() for _ in range(steps)][2:]          # two to warm up and compile
+        return {"tok/s": statistics.median(f["tok_s"] for f in fields), "loss": fields[-1]["loss"],
+                "mfu": statistics.median(f["mfu"] or math.nan for f in fields),
+                "peak GB": torch.cuda.max_memory_allocated() / 1e9, "ok": math.isfinite(fields[-1]["loss"])}
+    for compiled in pick(("", " --compile"), [""]):        # what compiles for minutes comes last
+        for name, flags in (("GPT-2 124M", GPT2), ("1.4B", LARGE)):
+            for ours in (True, False):
+                label = name + ", our kernels" * ours + ", compiled" * bool(compiled)
+                yield label, lambda flags=flags + compiled, ours=ours: run(flags, ours)
 
 
 # --- 3. running them ----------------------------------------------------------------------------------------
@@ -413,6 +502,9 @@ def read(path, part=None, share=None):
     return list(last.values())
 
 
+BROKEN = 3                                                 # a process's status: the device can't be believed
+
+
 def run_part(name, path, share):
     """In a process of its own: its share of the checks that are not done, a line before and behind each."""
     done = {r["check"] for r in read(path, name)}
@@ -426,10 +518,12 @@ def run_part(name, path, share):
             torch.cuda.synchronize()
             fields.update(result, status="ok" if result.pop("ok", True) else "WRONG")
         except Exception as e:
-            fields.update(status="FAILED", why=M.first_line(e), where=traceback.format_exc(limit=-2))
+            fields.update(status="FAILED", why=M.first_line(e), where=traceback.format_exc(limit=-6))
         record(path, **fields, seconds=time.perf_counter() - start)
-        if "CUDA error" in fields.get("why", ""):          # nothing after it in this process can be believed
-            os._exit(3)
+        if re.search("CUDA error|Triton Error", fields.get("why", "")):
+            os._exit(BROKEN)
+        torch.compiler.reset()
+        gc.collect()                                       # a model may hold half of the memory
         torch.cuda.empty_cache()
 
 
@@ -456,13 +550,17 @@ def supervise(name, path, seconds):
                 del running[share]
                 if status == 0:
                     continue
+                if status == BROKEN and not late:          # that check is recorded: on with the next
+                    start(share)
+                    continue
                 log.seek(0)
-                said = log.read().strip().split("\n")[-1][:300]
+                log = log.read().strip()[-3000:]
+                said = log.split("\n")[-1][:300]
                 why = f"not done after {seconds:.0f} s, the limit of this part, nor were checks behind it" \
                     if late else f"the process ended with status {status}: {said}"
                 began = [r for r in read(path, name, share) if r["status"] == "started"]
                 for r in began or [dict(part=name, share=share, check=f"(process {share}, between checks)")]:
-                    record(path, **{**r, "status": "FAILED", "why": why})
+                    record(path, **{**r, "status": "FAILED", "why": why, "where": log})
                 if began and not late:
                     start(share)
     finally:
@@ -486,6 +584,8 @@ def markdown(device, results):
                 for row in r.get("rows", [{k: v for k, v in r.items() if k not in common}])]
         if name == "correct":                              # a hundred rows: the worst ten say it
             rows = sorted(rows, key=lambda r: -r["error"])[:10]
+        if name == "compiled":
+            rows = [r for r in rows if r["faults"]]
         columns = list(dict.fromkeys(k for r in rows for k in r))
         if rows:
             lines += ["", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -507,6 +607,7 @@ def parse_args(argv=None):
                         help=", ".join(PARTS))
     parser.add_argument("--minutes", type=float, default=8.0, help="for all parts together")
     parser.add_argument("--out", default="out", help="folder for gpu.json and gpu.md")
+    parser.add_argument("--dry", action="store_true", help="on a CPU, at tiny shapes")
     parser.add_argument("--run_part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--share", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--lines", type=Path, help=argparse.SUPPRESS)
@@ -515,24 +616,27 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    if args.dry:
+        dry_run()
     if args.run_part:
         return run_part(args.run_part, args.lines, args.share)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.dry:
         (out / "gpu.json").write_text(json.dumps({"skipped": "no CUDA GPU here"}))
         return print(f"skipped: no CUDA GPU here (torch {torch.__version__}); the checks without one: "
                      f"python -m pytest tests/test_kernels.py")
     import triton
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}"
-    path, start = (out / "gpu.jsonl").resolve(), time.monotonic()
+    path = (out / "gpu.jsonl").resolve()
     path.unlink(missing_ok=True)
     for i, name in enumerate(args.only):
-        left = 60 * args.minutes - (time.monotonic() - start)                # what a part saves, others get
-        supervise(name, path, left * PARTS[name].seconds / sum(PARTS[n].seconds for n in args.only[i:]))
+        left = 60 * args.minutes - (time.monotonic() - START)                # what a part saves, others get
+        limit = left * PARTS[name].seconds / sum(PARTS[n].seconds for n in args.only[i:])
+        run_part(name, path, 0) if args.dry else supervise(name, path, limit)
         mine, results = read(path, name), read(path)
         print(f"{name:<11} {sum(r['status'] == 'ok' for r in mine):>3} of {len(mine)} passed, "
-              f"{time.monotonic() - start:.0f} s so far", flush=True)
+              f"{time.monotonic() - START:.0f} s so far", flush=True)
         (out / "gpu.json").write_text(json.dumps({"device": device, "results": results}, indent=1))
         (out / "gpu.md").write_text(markdown(device, results))
     print("\n" + (out / "gpu.md").read_text())
