@@ -17,7 +17,7 @@ Equations (n parameters, N ranks, t tensor ranks, p stages, m micro-batches, C F
                       tensor   4 all-reduces of (B,T,D) a layer;       pipeline  (B,T,D) there and back a cut
        y = x W^T      by rows of W: [x A^T | x B^T];   by columns, of x too: x1 A^T + x2 B^T, a sum over ranks
        bubble         (p-1)/(m+p-1) of a pipeline's step
-       FSDP hides     6 n b / C >= 3 * 2n / W:  from b = C/W tokens a rank on
+       FSDP hides     6 n b / C >= 3 * 2n / W:  from b = C/W tokens a rank on;  x tensor: from C/(W t) on
 
 Run    python zero.py                                                 # the lecture: two local ranks
        python zero.py --steps 200 --stage 3                           # train on two local ranks
@@ -75,6 +75,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.profiler import profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # N ranks in a group, r this one. Other letters as in model.py. "Bytes sent" are what one rank sends.
@@ -1155,23 +1156,65 @@ def measured_state(trainer):
     return sizes
 
 
-def simulate(c, stage, world, tokens=8):
-    """What rank 0 of `world` holds after forward, backward and step: this file's own code, on tensors that
-    have shapes but no memory, among ranks that do not exist and whose collectives return at once."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
+@contextlib.contextmanager
+def simulated_group(world):
+    """This process is rank 0 among ranks that do not exist and whose collectives return at once."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    with torch.device("meta"):                             # random numbers need real tensors; these have none
-        model = M.Transformer(c)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            trainer = Trainer(model.to_empty(device="cpu"), stage, fused=True)
-            ids = torch.zeros(1, tokens, dtype=torch.long)
-            trainer.gradients(ids, ids)
-            trainer.optimizer.step()
-            return measured_state(trainer)
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def simulate(c, stage, world, tokens=8):
+    """What rank 0 of `world` holds after forward, backward and step: this file's own code, on tensors that
+    have shapes but no memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    with torch.device("meta"):                             # random numbers need real tensors; these have none
+        model = M.Transformer(c)
+    with simulated_group(world), FakeTensorMode(allow_non_fake_inputs=True):
+        trainer = Trainer(model.to_empty(device="cpu"), stage, fused=True)
+        ids = torch.zeros(1, tokens, dtype=torch.long)
+        trainer.gradients(ids, ids)
+        trainer.optimizer.step()
+        return measured_state(trainer)
+
+
+MOMENTS = ("constructed", "before the step", "after the step")
+
+
+def step_memory(c, stage, N, sequences):
+    """{moment: bytes that a rank holds then, "peak": the most} in a step on `sequences` sequences. The most:
+    weights, activations and the logits twice more, while the loss is differentiated; or gradients, and a
+    bucket of them as it leaves and arrives on CPUs; or the state at the end."""
+    n, kept = M.num_params(c), M.activation_bytes(c, sequences)
+    held = list(itertools.accumulate(state_bytes(n, stage, N, M.count_params(c)["norms"]).values()))
+    bucket = 4 * min(n, ShardedOptimizer.bucket_numbers)
+    leaving = 4 * n + {1: 4 * n, 2: bucket}.get(stage, 0) + (stage in (1, 2)) * (2 + 1 / N) * bucket
+    loss = held[0] + sum(kept.values()) + 2 * kept["logits"]
+    return {**dict(zip(MOMENTS, held)), "peak": max(loss, leaving * (stage < 3), held[2])}
+
+
+def measured_step_memory(c, stage, world, sequences):
+    """The same: all that torch allocates for rank 0, real tensors in a simulated group. (In a real one gloo's
+    threads free what they have sent, a little later, and the profiler does not see it.)"""
+    held, most, found, ids = 0, 0, {}, torch.zeros(sequences, c.context_length, dtype=torch.long)
+    os.environ["KINETO_LOG_LEVEL"] = "6"                   # torch 2.13 says two lines about each profile
+    with simulated_group(world), profile(profile_memory=True) as seen:
+        trainer = Trainer(M.Transformer(c), stage, fused=True)
+        jobs = lambda: None, lambda: trainer.gradients(ids, ids), trainer.optimizer.step
+        for moment, job in zip(MOMENTS, jobs):
+            job()
+            with record_function(moment):
+                pass
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            held += event.nbytes()                         # < 0: given back
+            most = max(most, held)
+        elif event.name() in MOMENTS:
+            found[event.name()] = held
+    return {**found, "peak": most}
 
 
 def predict(c, layout, N, sequences, m):
@@ -1220,14 +1263,29 @@ def shape_of(n, context_length=4096):
                          num_layers=max(1, round(n / (12 * D * D))))
 
 
-def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute):
-    """One layout's row, for one sequence a micro-batch, bf16 messages and products, fp32 state. Communication
-    of weights and gradients hides behind products as far as it is not longer; tensor parallelism's does
-    not."""
+def fsdp_tp_limit(n, D, L, speed, near, far):
+    """FSDP between nodes x tensor parallelism within, n bf16 weights in L layers -> (t, b, b of messages in
+    turn): with t tensor ranks products take longer than messages from b tokens a GPU (and micro-batch) on.
+
+        products     6 n b / speed
+        FSDP         three times the weights of which t ranks have each a part:     3 * 2 n / t / far
+        tensor       four all-reduces a layer of a replica's (b t, D):              4 L * 2 * 2 b t D / near
+    products >= FSDP from b = speed / (far t) on; products >= tensor up to t = 3 n near / (8 L D speed),
+    whatever b is: this t needs the fewest tokens, if both kinds travel at the same time. In turn, products >=
+    FSDP + tensor: at best two equal terms, products^2 >= 4 FSDP tensor. That is 4 b, with t / 2 ranks.
+    """
+    t = 3 * n * near / (8 * L * D * speed)
+    b = speed / (far * t)
+    return t, b, 4 * b
+
+
+def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute, size=1):
+    """One layout's row, for `size` sequences a micro-batch, bf16 messages and products, fp32 state. Weights
+    and gradients hide behind products as far as they travel no longer; tensor parallelism's sums do not."""
     peak, memory, near, far = GPUS[gpu]
     n, D, L, T, dp = M.num_params(c), c.d_model, c.num_layers, c.context_length, gpus // (tp * pp)
-    m, kept = sequences // dp, M.activation_bytes(c, 1, checkpoint_blocks=recompute)
-    block = M.activation_bytes(c, 1)["blocks"] / L if recompute else 0       # one at a time, computed again
+    m, kept = sequences // (dp * size), M.activation_bytes(c, size, checkpoint_blocks=recompute)
+    block = M.activation_bytes(c, size)["blocks"] / L if recompute else 0    # one at a time, computed again
     blocks = kept["blocks"] / pp * min(m, pp) + block                        # 1F1B: of up to pp micro-batches
     activations = (blocks / 2 + kept["last norm"] / 2 + kept["logits"]) / tp
     gathered = 3 * 2 * n / (tp * L) if stage == 3 else 0   # this layer, the next, a gradient
@@ -1235,45 +1293,52 @@ def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute):
     useful = M.train_flops(c, sequences * T)
     compute = useful * (4 / 3 if recompute else 1) / (gpus * peak * REACHED)
     weights = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[stage] * (dp - 1) / dp * 2 * n / (tp * pp)
-    stream = (4 + 2 * recompute) * 2 * (tp - 1) / tp * 2 * T * D * (L / pp) * m
+    stream = (4 + 2 * recompute) * 2 * (tp - 1) / tp * 2 * T * D * (L / pp) * m * size
     hidden = weights / (far if gpus > 8 else near)         # seconds
     seconds = (max(compute, hidden) + stream / near) * (m + pp - 1) / m      # and the bubble
-    return dict(stage=stage, tp=tp, pp=pp, dp=dp, micro=m, recompute="yes" if recompute else "no",
+    return dict(stage=stage, tp=tp, pp=pp, dp=dp, micro=m, size=size, recompute="yes" if recompute else "no",
                 held=held / 1e9, fits=held <= 0.9 * memory, sent=(weights + stream) / 1e9,
                 sending=hidden / compute, bubble=(pp - 1) / (m + pp - 1), seconds=seconds,
                 mfu=useful / (gpus * peak * seconds))
 
 
 def plan(n_params, gpus, gpu, tokens):
-    """-> (shape, sequences a step, rows, best first, those that do not fit last)."""
+    """-> (shape, sequences a step, rows, best first, those that do not fit last). Of a layout's micro-batches
+    the best: the larger, the more products hide FSDP's messages, and the more memory they take."""
     c, rows, powers = shape_of(n_params), [], [2**i for i in range(11)]
-    sequences = max(1, round(tokens / c.context_length))
+    sequences, rank = max(1, round(tokens / c.context_length)), lambda r: (not r["fits"], -r["mfu"])
     for tp, pp, stage, recompute in itertools.product(powers[:4], powers, range(4), (False, True)):
         splits = gpus % (tp * pp) == 0 and pp <= c.num_layers and c.num_heads % tp == 0
         if splits and (pp == 1 or stage < 2) and sequences % (gpus // (tp * pp)) == 0:
-            rows.append(plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute))
+            share = sequences * tp * pp // gpus
+            rows.append(min((plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute, size)
+                             for size in powers if share % size == 0), key=rank))
     if not rows:
         raise ValueError(f"{sequences} sequences of {c.context_length} tokens do not split over --gpus "
                          f"{gpus}: try --tokens {gpus * c.context_length}")
-    return c, sequences, sorted(rows, key=lambda r: (not r["fits"], -r["mfu"]))
+    return c, sequences, sorted(rows, key=rank)
 
 
 def show_plan(args):
     c, sequences, rows = plan(args.params, args.gpus, args.gpu, args.tokens)
     peak, memory, near, far = GPUS[args.gpu]
-    speed, fitting = peak * REACHED, [r for r in rows if r["fits"]]
-    print(f"{M.num_params(c):,} parameters (L {c.num_layers}, D {c.d_model}), {sequences} sequences of "
+    speed, fitting, n = peak * REACHED, [r for r in rows if r["fits"]], M.num_params(c)
+    t, together, in_turn = fsdp_tp_limit(n, c.d_model, c.num_layers, speed, near, far)
+    print(f"{n:,} parameters (L {c.num_layers}, D {c.d_model}), {sequences} sequences of "
           f"{c.context_length} tokens a step, {args.gpus} x {args.gpu}, products at {REACHED:.0%} of "
-          f"{peak / 1e12:,.0f} TFLOP/s\nlimits: weights and gradients hide behind products from "
-          f"{speed / far:,.0f} tokens a GPU on between nodes, {speed / near:,.0f} within one;\n"
-          f"the sums of a feed-forward are shorter than its products up to "
-          f"{1.5 * c.ffn_dim * near / speed:.0f} tensor-parallel ranks within a node")
+          f"{peak / 1e12:,.0f} TFLOP/s\n"
+          f"limits, from where on products take longer than messages, in tokens a GPU and micro-batch:\n"
+          f"  FSDP           {speed / far:,.0f} between nodes, {speed / near:,.0f} within one\n"
+          f"  tensor         any, up to tp {t:.0f}\n"
+          f"  FSDP x tensor  {speed / far:,.0f} / tp: with tp 8 {speed / far / 8:,.0f}, with tp {t:.0f} "
+          f"{together:,.0f}; if one kind waits for the other {in_turn:,.0f}, with tp {t / 2:.0f}")
     columns = {"stage": "stage", "tp": "tp", "pp": "pp", "dp": "dp", "micro-batches": "micro",
-               "recompute": "recompute", "GB held": "held:.1f", "GB sent": "sent:.1f",
-               "sending/computing": "sending:.0%", "bubble": "bubble:.1%", "s/step": "seconds:.2f",
-               "MFU": "mfu:.1%"}
+               "sequences": "size", "recompute": "recompute", "GB held": "held:.1f",
+               "GB sent": "sent:.1f", "sending/computing": "sending:.0%", "bubble": "bubble:.1%",
+               "s/step": "seconds:.2f", "MFU": "mfu:.1%"}
     M.table(f"{len(fitting)} of {len(rows)} layouts fit in {memory / 1e9:.0f} GB less a tenth; the best, and "
-            f"two that do not (GB of a rank and step; sending/computing: time for weights and gradients)",
+            f"two that do not (sequences: of a micro-batch; GB: of a rank and step; sending: of weights and "
+            f"gradients)",
             list(columns),
             [[f"{{{column}}}".format(**r) for column in columns.values()]
              for r in fitting[:10] + rows[len(fitting):][:2]])
@@ -1340,7 +1405,7 @@ def launch(job, world, args, **options):
     """job(args, store) in `world` local processes, all of which have ended afterwards; RuntimeError if one
     was lost, or its ValueError. The parent holds the store, on a port that the system picks."""
     context = multiprocessing.get_context("forkserver")    # ranks: forks of a process that has loaded torch
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])               # every optimizer imports both
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [context.Process(target=local_rank, args=(job, args, store.port, rank, world, options))
              for rank in range(world)]
@@ -1434,18 +1499,20 @@ def open_data(args, store):
 
 
 def set_up(args, store):
-    """-> (trainer, tokenizer, tokens, this replica's sequences a step), the same on all ranks or a
-    ValueError."""
+    """-> (trainer, facts, tokens, this replica's sequences a step), the same on all ranks or a ValueError.
+    facts {name: value}: what else than the config decides a run's numbers."""
     tokenizer, tokens = open_data(args, store)
     torch.manual_seed(args.seed)
     model = M.Transformer(M.model_config(args, vocab_size=tokenizer.vocab_size)).to(args.device)
     model.checkpoint_blocks = args.checkpoint_blocks
     code = hashlib.sha256()
-    for path in (__file__, M.__file__):
+    for path in (__file__, M.__file__, bpe.__file__):
         with open(path, "rb") as f:
             code.update(f.read())
-    check_alike({**vars(args), "torch": torch.__version__, "code": code.hexdigest()[:12],
-                 "tokens": len(tokens), "tokenizer": tokenizer.hash(),
+    some = tokens[::len(tokens) // 1000 + 1].astype(np.int64)                # tells texts of one length apart
+    facts = {"seed": args.seed, "batch_size": args.batch_size, "tokenizer": tokenizer.hash(),
+             "tokens": f"{len(tokens)}, {hashlib.sha256(some.tobytes()).hexdigest()[:8]}"}
+    check_alike({**vars(args), **facts, "torch": torch.__version__, "code": code.hexdigest()[:12],
                  "weights": sum(p.double().sum().item() for p in model.parameters())})
     trainer = Trainer(model, args.stage, args.tp, args.pp, args.ep, kind=args.pipeline, lr=args.lr,
                       compute_dtype=torch.bfloat16 if args.dtype == "bf16" else None, betas=(0.9, 0.95),
@@ -1455,14 +1522,14 @@ def set_up(args, store):
         raise ValueError(f"--batch_size {args.batch_size} is no multiple of {trainer.dp} data-parallel ranks "
                          f"x --micro_batch {args.micro_batch or 1}: try --batch_size "
                          f"{unit * max(1, round(args.batch_size / unit))}")
-    return trainer, tokenizer, tokens, args.batch_size // trainer.dp
+    return trainer, facts, tokens, args.batch_size // trainer.dp
 
 
-def resume(trainer, folder, tokenizer):
-    checkpoint, config = ShardedCheckpoint(folder), dataclasses.asdict(trainer.config)
-    before = checkpoint.about["config"]
-    odd = [f"{k} {before.get(k)} there, {v} here" for k, v in config.items() if before.get(k) != v]
-    odd += ["another tokenizer"] * (checkpoint.about.get("tokenizer") != tokenizer.hash())
+def resume(trainer, folder, facts):
+    """The layout may change, what decides the numbers may not."""
+    checkpoint = ShardedCheckpoint(folder)
+    before, now = checkpoint.about | checkpoint.about["config"], facts | dataclasses.asdict(trainer.config)
+    odd = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before.get(k, v) != v]
     if odd:
         raise ValueError(f"{checkpoint.path} is of another run ({'; '.join(odd[:3])}): give that run's "
                          f"flags, or drop --resume")
@@ -1475,10 +1542,10 @@ def train(args, store):
     and SIGTERM end it after the step under way, with a checkpoint."""
     rank, folder = dist.get_rank(), os.path.join(args.out, "sharded")
     say = functools.partial(print, flush=True) if rank == 0 else lambda *_: None
-    trainer, tokenizer, tokens, share = set_up(args, store)
+    trainer, facts, tokens, share = set_up(args, store)
     T, place = trainer.config.context_length, trainer.mesh["dp"][2]
     if args.resume:
-        say(resume(trainer, folder, tokenizer))
+        say(resume(trainer, folder, facts))
     elif rank == 0 and checkpoints(folder):
         shutil.rmtree(f"{folder}.old", ignore_errors=True)
         os.replace(folder, f"{folder}.old")
@@ -1488,7 +1555,7 @@ def train(args, store):
         f"tensor ranks, stage {args.stage}, seed {args.seed}; a step: {args.batch_size} x {T} tokens")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: setattr(trainer, "asked", True))
-    with open(os.path.join(args.out, "log.jsonl"), "a") if rank == 0 else contextlib.nullcontext() as log:
+    with open(os.path.join(args.out, "log.jsonl"), "a", 1) if rank == 0 else contextlib.nullcontext() as log:
         for step in range(trainer.steps_done, args.steps):
             store.set(f"step/{rank}", str(step + 1))
             begin = time.perf_counter()
@@ -1506,7 +1573,7 @@ def train(args, store):
                 say(f"step {step + 1:>6}/{args.steps} | loss {loss:7.4f} | lr {lr:.2e} | gnorm {norm:6.2f} | "
                     f"{ms:7.1f} ms | {tok_s:>9,.0f} tok/s")
             if (step + 1) % args.save_steps == 0 or last:
-                save_sharded(folder, trainer, tokenizer=tokenizer.hash())
+                save_sharded(folder, trainer, **facts)
             if last:
                 break
     if rank == 0:
@@ -1580,9 +1647,15 @@ def lecture(args):
     launch(lecture_rank, 2, args, timeout=max(60.0, args.timeout))
     big, worlds = M.ModelConfig(**M.PRESETS["llama2-7b"]), (8, 64, 1024)
     n, whole = M.num_params(big), M.count_params(big)["norms"]
-    grid = list(itertools.product(range(4), worlds))
+    grid, share = list(itertools.product(range(4), worlds)), args.batch_size // 2
+    step = [(args.config, stage, 2, share) for stage in range(4)]
     with multiprocessing.get_context("forkserver").Pool(     # Ctrl-C is this process's, which ends the pool
             min(4, os.cpu_count() or 1), signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        steps = pool.starmap(measured_step_memory, step, chunksize=1)
+        M.table(f"In the course of a step: MB that one of 2 ranks holds, and the most, with activations of "
+                f"{share} sequences;\npredicted and measured", ["layout", *MOMENTS, "peak"],
+                [[name, *(f"{predicted / 1e6:.2f} {seen[moment] / 1e6:.2f}" for moment, predicted
+                          in step_memory(*which).items())] for name, which, seen in zip(STAGES, step, steps)])
         found = pool.starmap(simulate, [(big, *at) for at in grid], chunksize=1)
     measured = {at: sum(sizes.values()) / 1e9 for at, sizes in zip(grid, found)}
 

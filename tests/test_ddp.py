@@ -5,7 +5,7 @@ Four rank processes live as long as the module: `ranks(P, f, ...)` runs f on the
 of its own, and returns what each returned. Faults kill their ranks: those tests start others with ddp.launch.
 """
 import functools, itertools, json, multiprocessing, os, pickle, random, re, shlex, signal, socket
-import subprocess, sys, threading, time, traceback
+import sys, threading, time, traceback
 from pathlib import Path
 from unittest import mock
 
@@ -21,6 +21,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 torch.set_num_threads(1)
+FORK = multiprocessing.get_context("forkserver")           # ranks: forks of a process that has loaded torch
+FORK.set_forkserver_preload(["torch", "torch._dynamo"])    # every optimizer imports both
 close = torch.testing.assert_close
 WORLDS = (1, 2, 3, 4)
 SHAPE = dict(vocab_size=61, context_length=12, d_model=24, num_layers=3, num_heads=4, d_ff=44, qk_norm=True,
@@ -46,12 +48,11 @@ def serve(pipe, port, rank):
 
 @pytest.fixture(scope="module")
 def ranks():
-    context, numbers, pipes = multiprocessing.get_context("forkserver"), itertools.count(), []
-    context.set_forkserver_preload(["torch", "torch._dynamo"])
+    numbers, pipes = itertools.count(), []
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for rank in range(max(WORLDS)):
-        ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, store.port, rank), daemon=True).start()
+        ours, theirs = FORK.Pipe()
+        FORK.Process(target=serve, args=(theirs, store.port, rank), daemon=True).start()
         theirs.close()
         pipes.append(ours)
 
@@ -583,38 +584,45 @@ def test_ranks_lanes_and_a_kill_do_not_change_the_weights(data, undisturbed, tmp
     assert max((expected[k] - got[k]).abs().max() for k in expected) < 1e-6
 
 
-KILLED_ONCE = """
-import os, sys, signal
-sys.path.insert(0, {root!r})
-import ddp
-step, killed = ddp.Run.step, {killed!r}
-def dies(run, number, *rest):
-    if number == 5 and run.rank == 1 and not os.path.exists(killed):
-        open(killed, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(run, number, *rest)
-ddp.Run.step = dies
-ddp.main()
-"""
+def torchrun(flags, worker, *args):
+    """What torchrun does with these flags, but for a function: its workers are forks of a process that has
+    loaded torch."""
+    from torch.distributed import launcher, run
+    config, *_ = run.config_from_args(run.parse_args([*flags, "a function"]))
+    config.start_method = "forkserver"
+    launcher.api.elastic_launch(config, worker)(*args)
+
+
+def main_dies_once(folder, flags):
+    """ddp.py, in which rank 1 is killed in step 5."""
+    killed = folder / "killed"
+
+    def step(run, number, *rest):
+        if number == 5 and run.rank == 1 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real_step(run, number, *rest)
+    D.Run.step = step
+    sys.argv[0], sys.stderr = "killed.py", open(folder / "errors", "a", 1)
+    D.main([str(flag) for flag in flags])
 
 
 def test_torchrun_restarts_a_killed_rank_and_ends_with_the_same_weights(data, undisturbed, tmp_path, hosts=2):
     """Two torchruns, as on two hosts, which count their restarts apart."""
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED_ONCE.format(root=str(ROOT), killed=str(tmp_path / "killed")))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    torchruns = [subprocess.Popen([
-        sys.executable, "-m", "torch.distributed.run", f"--nnodes={hosts}", f"--nproc_per_node={2 // hosts}",
-        "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", "--max-restarts=3", script,
-        "--data", data, "--out", tmp_path / "o", *SMALL], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True) for _ in range(hosts)]
-    try:
-        errors = "".join(torchrun.communicate(timeout=300)[1] for torchrun in torchruns)
-    finally:
-        for torchrun in torchruns:
-            torchrun.kill()
-    assert all(torchrun.returncode == 0 for torchrun in torchruns), errors
+    torchruns = [FORK.Process(target=torchrun, args=([
+        f"--nnodes={hosts}", f"--nproc_per_node={2 // hosts}", "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{port}", "--max-restarts=3"],
+        main_dies_once, tmp_path, ["--data", data, "--out", tmp_path / "o", *SMALL]))
+        for _ in range(hosts)]
+    for process in torchruns:
+        process.start()
+    for process in torchruns:
+        process.join(200)
+        process.kill()
+    errors = (tmp_path / "errors").read_text()
+    assert [process.exitcode for process in torchruns] == [0] * hosts, errors
     assert errors.count("killed.py: rank 1 at step 5 does not answer: it was killed or stopped\n") == 1
     assert M.load_checkpoint(tmp_path / "o" / "checkpoint.pt")["step"] == 8
     assert not (tmp_path / "o" / "checkpoint.old.pt").exists()               # it went on from step 3
@@ -634,12 +642,11 @@ def sleep(watch):
 
 def test_a_rank_does_not_outlive_who_started_it():
     """Who starts ranks holds their store; here it is killed in the middle."""
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    holder = context.Process(target=hold_store, args=(theirs,), daemon=True)
+    ours, theirs = FORK.Pipe()
+    holder = FORK.Process(target=hold_store, args=(theirs,), daemon=True)
     holder.start()
     port = ours.recv()
-    rank = context.Process(target=D.local_rank_main, daemon=True, args=(0, sleep, (), port, 1, 1, {}))
+    rank = FORK.Process(target=D.local_rank_main, daemon=True, args=(0, sleep, (), port, 1, 1, {}))
     rank.start()
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     wait_until(lambda: store.check(["beat/0"]), 60)        # it has found the store, and lives

@@ -4,7 +4,7 @@ Four rank processes live as long as the module; a test runs a function on the fi
 (`ranks(N, f, ...)`), each time in a fresh process group on loopback.
 """
 import dataclasses, functools, json, math, multiprocessing, os, random, re, shlex
-import signal, socket, subprocess, sys, threading, time, traceback
+import signal, socket, sys, threading, time, traceback
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 torch.set_num_threads(1)
+FORK = multiprocessing.get_context("forkserver")           # ranks: forks of a process that has loaded torch
+FORK.set_forkserver_preload(["torch", "torch._dynamo"])    # every optimizer imports both
 close = torch.testing.assert_close
 C = M.ModelConfig(vocab_size=61, context_length=12, d_model=24, num_layers=3, num_heads=6, num_kv_heads=6,
                   d_ff=44, qk_norm=True, init="glorot")
@@ -46,13 +48,11 @@ def serve(pipe, port, rank):
 
 @pytest.fixture(scope="module")
 def ranks():
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes, numbers = [], [], iter(range(10**9))
     for rank in range(4):
-        ours, theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, store.port, rank), daemon=True))
+        ours, theirs = FORK.Pipe()
+        processes.append(FORK.Process(target=serve, args=(theirs, store.port, rank), daemon=True))
         processes[-1].start()
         theirs.close()
         pipes.append(ours)
@@ -578,6 +578,34 @@ def test_simulated_ranks_of_a_7b_model(stage, world):
     assert not dist.is_initialized()
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("more, sequences", [({}, 4), (dict(d_model=256, context_length=32), 1)], ids=str)
+def test_memory_in_the_course_of_a_step(stage, more, sequences):
+    """Once activations are most of the peak, once weights, gradients and messages."""
+    c = M.ModelConfig(**more)
+    predicted, measured = Z.step_memory(c, stage, 2, sequences), Z.measured_step_memory(c, stage, 2, sequences)
+    assert measured == pytest.approx(predicted, rel=0.02) and not dist.is_initialized()
+
+
+def test_limits_of_fsdp_x_tensor_parallelism_are_those_of_the_plan():
+    peak, _, near, far = Z.GPUS["h100"]
+    c, speed, gpus = Z.shape_of(70e9), peak * Z.REACHED, 1024
+    n, D, L, T = M.num_params(c), c.d_model, c.num_layers, c.context_length
+    t, b, in_turn = Z.fsdp_tp_limit(n, D, L, speed, near, far)
+    for tokens, ranks, time_of in ((b, t, max), (in_turn, t / 2, sum)):      # where both sides are equal
+        messages = 6 * n / ranks / far, 16 * L * tokens * ranks * D / near
+        assert time_of(messages) == pytest.approx(6 * n * tokens / speed)
+        assert messages[0] == pytest.approx(messages[1])
+    more = M.train_flops(c, T) / (6 * n * T)               # attention's products, which the limits leave out
+    products = 6 * n * 1024 * T / (gpus * speed)
+    for tp, size in ((2, 1), (4, 2), (8, 4), (8, 8)):
+        r = Z.plan_layout(c, gpus, "h100", 1024, 3, tp, 1, False, size)
+        others = (r["dp"] - 1) / r["dp"], (tp - 1) / tp    # of ranks, who get what one sends
+        assert r["sending"] * more == pytest.approx(others[0] * (b * t / tp) / (size * T / tp))
+        stream = r["seconds"] - products * more * max(1, r["sending"])
+        assert stream / products == pytest.approx(others[1] * tp / t)
+
+
 def test_published_figures():
     """Rajbhandari et al. 2020, figure 1, for 7.5B parameters on 64 ranks: 120, 31.4, 16.6, 1.9 GB with
     2 + 2 + 12 bytes a parameter; ours are 4 + 4 + 8, so that stages 0 and 3 agree."""
@@ -626,9 +654,8 @@ def runs(pid):
 
 
 def test_ranks_do_not_outlive_their_parent():
-    context = multiprocessing.get_context("forkserver")
-    ours, theirs = context.Pipe()
-    parent = context.Process(target=Z.launch, args=(sleeper, 2, theirs))
+    ours, theirs = FORK.Pipe()
+    parent = FORK.Process(target=Z.launch, args=(sleeper, 2, theirs))
     parent.start()
     pids, end = [ours.recv() for _ in range(2) if ours.poll(60)], time.monotonic() + 80
     assert len(pids) == 2 and all(map(runs, pids))
@@ -647,6 +674,22 @@ def test_ranks_that_differ_are_named():
         Z.launch(differ, 3, None)
 
 
+def other_text(args, store):
+    """set_up, on whose rank 1 some tokens of the same number are others."""
+    load = bpe.load_tokens
+
+    def others(*which):
+        tokens = load(*which)
+        return tokens[::-1] if dist.get_rank() == 1 else tokens
+    bpe.load_tokens = others
+    Z.set_up(args, store)
+
+
+def test_other_text_on_a_rank_is_named(tokens, tmp_path):
+    with pytest.raises(ValueError, match=r"^the ranks differ: rank 1 has tokens '(\d+), .*, rank 0 '\1, .*'$"):
+        Z.launch(other_text, 2, Z.parse_args(arguments(tokens, tmp_path)))
+
+
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory):
     text, folder, rng = tmp_path_factory.mktemp("text"), tmp_path_factory.mktemp("tokens"), random.Random(0)
@@ -662,60 +705,74 @@ def arguments(tokens, out, *more):
               "--steps 6").split(), "--data", str(tokens), "--out", str(out), *more]
 
 
-ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+def torchrun(flags, worker, *args):
+    """What torchrun does with these flags, but for a function: its workers are forks of a process that has
+    loaded torch."""
+    from torch.distributed import launcher, run
+    config, *_ = run.config_from_args(run.parse_args([*flags, "a function"]))
+    config.start_method = "forkserver"
+    launcher.api.elastic_launch(config, worker)(*args)
+
+
+def main_dies_once(folder, flags):
+    """zero.py, in which rank 1 is killed as it draws the sequences of step 5."""
+    draw, killed = Z.draw, folder / "killed"
+
+    def dies(tokens, T, seed, first, count):
+        if os.environ["RANK"] == "1" and first // 4 == 4 and not killed.exists():
+            killed.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return draw(tokens, T, seed, first, count)
+    Z.draw = dies
+    sys.stdout = sys.stderr = open(folder / "printed", "a", 1)
+    Z.main(flags)
 
 
 def test_killed_under_torchrun_it_restarts_and_ends_with_the_same_weights(tokens, tmp_path, capfd):
     """Two torchruns, as on two hosts, which count their restarts apart: rank 1 is killed at step 5; all
     restart, and go on from the checkpoint of step 4."""
-    script, killed = tmp_path / "killed.py", tmp_path / "killed"
-    script.write_text(f"""
-import os, signal, sys
-sys.path.insert(0, {str(ROOT)!r})
-import zero
-draw = zero.draw
-def dies(tokens, T, seed, first, count):
-    if os.environ["RANK"] == "1" and first // 4 == 4 and not os.path.exists({str(killed)!r}):
-        open({str(killed)!r}, "w").close()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return draw(tokens, T, seed, first, count)
-zero.draw = dies
-zero.main()
-""")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
-               "--max-restarts=3", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", script]
-    torchruns = [subprocess.Popen([*command, *arguments(tokens, tmp_path / "a")], env=ENV, text=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(2)]
-    try:
-        outs, errors = map("".join, zip(*(torchrun.communicate(timeout=200) for torchrun in torchruns)))
-    finally:
-        for torchrun in torchruns:
-            torchrun.kill()
-    assert all(torchrun.returncode == 0 for torchrun in torchruns), errors
-    assert "resumed" in outs and "rank 1 at step 5: does not answer" in errors
+    flags = ("--nnodes=2 --nproc_per_node=1 --max-restarts=3 --rdzv_backend=c10d "
+             f"--rdzv_endpoint=127.0.0.1:{port}").split()
+    torchruns = [FORK.Process(target=torchrun, args=(
+        flags, main_dies_once, tmp_path, arguments(tokens, tmp_path / "a"))) for _ in range(2)]
+    for process in torchruns:
+        process.start()
+    for process in torchruns:
+        process.join(200)
+        process.kill()
+    printed = (tmp_path / "printed").read_text()
+    assert [process.exitcode for process in torchruns] == [0, 0], printed
+    assert "resumed" in printed and printed.count("error: rank 1 at step 5: does not answer") == 1
     Z.main(arguments(tokens, tmp_path / "b"))              # undisturbed
     found, expected = (M.load_checkpoint(tmp_path / out / "checkpoint.pt")["model"] for out in "ab")
     for name in expected:
         close(found[name], expected[name], rtol=0, atol=0)
-    with pytest.raises(SystemExit):
-        Z.main(arguments(tokens, tmp_path / "b", "--resume", "--num_heads", "4"))
-    err = capfd.readouterr().err.strip()
-    assert "num_heads 2 there, 4 here" in err and err.count("\n") == 0
+    for flag, says in (("--num_heads", "num_heads 2 there, 4 here"), ("--seed", "seed 0 there, 4 here")):
+        capfd.readouterr()
+        with pytest.raises(SystemExit):
+            Z.main(arguments(tokens, tmp_path / "b", "--resume", flag, "4"))
+        err = capfd.readouterr().err.strip()
+        assert says in err and err.count("\n") == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_a_kill_save_the_step_under_way(tokens, tmp_path, number):
+def test_ctrl_c_and_a_kill_save_the_step_under_way(tokens, tmp_path, number, capfd):
     log, more = tmp_path / "log.jsonl", ["--steps", "100000", "--save_steps", "100000"]
-    run = subprocess.Popen([sys.executable, ROOT / "zero.py", *arguments(tokens, tmp_path, *more)], env=ENV,
-                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    first_step = next(line for line in run.stdout if line.startswith("step"))
-    run.send_signal(number)
-    out, err = run.communicate(timeout=60)
-    assert run.returncode == 130 and err.strip() == "interrupted; --resume goes on from the last checkpoint"
+
+    def press():
+        end = time.monotonic() + 60
+        while not (log.exists() and log.read_text()) and time.monotonic() < end:
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+    threading.Thread(target=press, daemon=True).start()
+    with pytest.raises(SystemExit) as e:
+        Z.main(arguments(tokens, tmp_path, *more))
+    out, err = capfd.readouterr()
+    assert e.value.code == 130 and err.strip() == "interrupted; --resume goes on from the last checkpoint"
     done = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert M.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == len(done) == done[-1], first_step + out
+    assert M.load_checkpoint(tmp_path / "checkpoint.pt")["step"] == len(done) == done[-1], out
     assert Z.checkpoints(tmp_path / "sharded")[0][1]["step"] == len(done)
 
 
