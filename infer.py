@@ -55,22 +55,25 @@ What serving is for besides chat: evaluation, reinforcement learning (align.py s
 test-time compute; over a model's life inference outweighs training. vLLM, TensorRT-LLM and TGI do what is
 here with kernels that read cache blocks in place (FlashDecoding: one row's cache over many cores).
 """
-import argparse
-import asyncio
 import codecs
 import collections
 import contextlib
 import copy
 import ctypes
 import hashlib
-import http
+import http.server
 import json
 import math
 import os
+import queue
 import random
 import re
+import select
 import signal
+import socket
+import socketserver
 import sys
+import threading
 import time
 import timeit
 from dataclasses import asdict, dataclass, field, replace
@@ -1255,7 +1258,7 @@ def calculator():
 
 # --- 11. the server: the OpenAI API over continuous batching ------------------------------------------------
 
-MAX_BODY, MAX_WAITING, MAX_CLIENTS = 1 << 20, 128, 512     # bytes, requests, connections: memory is bounded
+MAX_BODY, MAX_WAITING, MAX_THREADS = 1 << 20, 128, 512     # bytes, requests, two a client: memory is bounded
 ASK_SECONDS, READ_SECONDS = 10, 30                         # to send a request in full; to take what we send
 KNOBS = {**dict.fromkeys(("max_tokens", "top_k", "seed", "n"), (int,)),
          **dict.fromkeys(("temperature", "top_p", "min_p", "repetition_penalty"), (int, float))}
@@ -1267,6 +1270,11 @@ class ApiError(ValueError):
     def __init__(self, message, param=None, status=400):
         super().__init__(message)
         self.param, self.status = param, status
+
+
+def need(ok, message, param=None, status=400):
+    if not ok:
+        raise ApiError(message, param, status)
 
 
 def render_chat(tokenizer, template, messages):
@@ -1286,44 +1294,40 @@ def stop_tokens(tokenizer, template=None, more=None):
 
 
 def read_call(asked, chat, tokenizer, template, engine, name="model", most=256):
-    """The JSON of a call -> its Requests, or a ValueError that says what is wrong."""
-    def need(ok, message, param=None, status=400):
-        if not ok:
-            raise ApiError(message, param, status)
-
-    def encode(text, param):
-        need(isinstance(text, str), f"{param} must be text", param)
-        for token in tokenizer.special_tokens:
-            need(token not in text, f"{param} holds the control token {token}, which cannot be typed", param)
-        return tokenizer.encode(text, ())
+    """The JSON of a call -> its Requests, or a ValueError that says what is wrong; ranges: Request.check."""
     need(isinstance(asked, dict), "the body must be a JSON object")
-    asked = {"max_tokens": asked.pop("max_completion_tokens", None), **asked}      # its newer name
+    newer = {"max_completion_tokens": "max_tokens"}
+    asked = {newer.get(key, key): value for key, value in asked.items() if value is not None}
     for key, value in asked.items():
-        kinds = FIELDS.get(key, ())
-        need(kinds or value in (None, False, 0, [], {}), f"{key} is unknown; known: {', '.join(FIELDS)}", key)
-        if kinds and value is not None and type(value) not in kinds:
-            raise ApiError(f"{key}={value!r:.60} must be {' or '.join(k.__name__ for k in kinds)}", key)
-    model = asked.get("model")
-    need(model in (None, name), f"model {model!r:.60} is not here: ask for {name!r}", "model", 404)
-    stop = asked.get("stop") or []
+        need(key in FIELDS or not value, f"{key} is unknown; known: {', '.join(FIELDS)}", key)
+        kinds = FIELDS.get(key, (type(value),))
+        names = " or ".join(kind.__name__ for kind in kinds)
+        need(type(value) in kinds, f"{key}={value!r:.60} must be {names}", key)
+    model, stop = asked.get("model", name), asked.get("stop", [])
+    need(model == name, f"model {model!r:.60} is not here: ask for {name!r}", "model", 404)
     stop = [stop] if isinstance(stop, str) else stop
-    need(len(stop) <= 16 and all(isinstance(s, str) for s in stop), "stop: up to 16 texts", "stop")
+    need(len(stop) <= 16 and all(isinstance(s, str) for s in stop), "stop must be up to 16 texts", "stop")
     if chat:
+        param, messages = "messages", asked.get("messages")
         need(template, "this checkpoint has no chat template: use /v1/completions, or make one with "
                        "python align.py sft")
-        messages = asked.get("messages")
-        need(messages and all(isinstance(m, dict) and m.get("role") in [*template] for m in messages),
-             f"messages must be a list of {{role, content}}, roles {', '.join(template)}", "messages")
-        for m in messages:
-            encode(m.get("content"), "messages")
+        need(messages and all(isinstance(m, dict) and m.get("role") in [*template]
+                              and isinstance(m.get("content"), str) for m in messages),
+             f"messages must be a list of {{role, content: text}}, roles {', '.join(template)}", param)
         prompts = [render_chat(tokenizer, template, messages)]
+        typed = [m["content"] for m in messages if m["role"] != "assistant"]
     else:
-        prompt = asked.get("prompt")
-        ids = isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt)
-        texts = prompt if isinstance(prompt, list) else [prompt]
-        need(ids or 0 < len(texts) <= 64, "prompt must be a text, 1 to 64 texts, or a list of ids", "prompt")
-        prompts = [prompt] if ids else [encode(text, "prompt") for text in texts]
-    knobs = {"seed": random.getrandbits(31), **{k: asked[k] for k in KNOBS if asked.get(k) is not None}}
+        param, prompt = "prompt", asked.get("prompt")
+        many = isinstance(prompt, list) and not any(type(i) is int for i in prompt)    # or the ids of one
+        prompts = prompt if many else [prompt]
+        need(1 <= len(prompts) <= 64 and all(type(p) in (str, list) for p in prompts),
+             "prompt must be a text, a list of ids, or 1 to 64 of them", param)
+        typed = [p for p in prompts if isinstance(p, str)]
+        prompts = [tokenizer.encode(p, ()) if isinstance(p, str) else p for p in prompts]
+    for token in tokenizer.special_tokens:
+        need(not any(token in text for text in typed),
+             f"{param} holds the control token {token}, which cannot be typed", param)
+    knobs = {"seed": random.getrandbits(31), **{key: asked[key] for key in KNOBS if key in asked}}
     room, requests = engine.model.config.context_length, []
     for i, ids in enumerate(prompts):
         limited = {"max_tokens": min(most, max(1, room - len(ids))), **knobs}
@@ -1333,201 +1337,182 @@ def read_call(asked, chat, tokenizer, template, engine, name="model", most=256):
     return requests
 
 
-class Server:
-    """One event loop speaks HTTP/1.1, a request a connection; one thread runs the engine, a step at a time.
-    Requests and cancellations take effect between two steps, so the engine needs no locks."""
-    def __init__(self, engine, tokenizer, name="model", template=None):
+class Server(socketserver.ThreadingTCPServer):
+    """A thread a client, and one for the engine; it takes requests in and lets those of lost clients go
+    between two steps, so the engine needs no locks. Leaving `with Server` waits until all are answered."""
+    allow_reuse_address, request_queue_size = True, 128
+
+    def __init__(self, address, engine, tokenizer, name="model", template=None):
         self.engine, self.tokenizer, self.name, self.template = engine, tokenizer, name, template
         engine.stop_ids = engine.stop_ids or stop_tokens(tokenizer, template)
-        self.clients, self.draining, self.created = set(), False, int(time.time())
+        self.inbox, self.lock, self.created = queue.SimpleQueue(), threading.Lock(), int(time.time())
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, Client)
+        threading.Thread(target=self.pump, daemon=True).start()
 
-    async def serve(self, host, port, ready=print):
-        """Until SIGTERM or Ctrl-C; then what was asked is still answered."""
-        self.loop, self.work, self.stop = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-        server = await asyncio.start_server(self.client, host, port, limit=1 << 16)
-        with contextlib.suppress(ValueError, RuntimeError, NotImplementedError):  # signals: main thread only
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.loop.add_signal_handler(number, self.stop.set)
-        pump = asyncio.create_task(self.pump())
-        ready(server.sockets[0].getsockname()[1])
-        await self.stop.wait()
-        self.draining = True
-        server.close()
-        while self.clients:
-            await asyncio.wait(set(self.clients))
-        pump.cancel()
-
-    async def pump(self):
-        """Step while there is work, and hand out what changed."""
-        while await self.work.wait():
-            try:
-                changed = await self.loop.run_in_executor(None, self.engine.step)
-            except Exception as e:                         # one bad step must not end the service
-                print(f"infer.py: a step failed: {M.first_line(e)}", file=sys.stderr, flush=True)
-                changed = [*self.engine.running, *self.engine.waiting]
-                for r in changed:
-                    r.finish = "error"
-                    self.engine.release(r)
-            for r in changed:
-                r.listener.put_nowait((r, r.next_text(), r.finish))
-            if not self.engine.busy():
-                self.work.clear()
-
-    async def client(self, reader, writer):
-        self.clients.add(task := asyncio.current_task())
-        try:
-            if len(self.clients) > MAX_CLIENTS:
-                raise ApiError("too many connections: try again in a second", status=429)
-            await self.route(*await self.read(reader), reader, writer)
-        except (OSError, EOFError):
-            pass                                           # the client is gone, or takes nothing
-        except Exception as e:
-            if not isinstance(e, (ValueError, RecursionError)):              # ours, then: say so, serve on
-                print(f"infer.py: {type(e).__name__}: {M.first_line(e)}", file=sys.stderr, flush=True)
-                e = ApiError("internal error", status=500)
-            status = getattr(e, "status", 400)
-            kind = "invalid_request_error" if status < 429 else "server_error"
-            with contextlib.suppress(OSError):
-                await self.send(writer, {"error": {"message": M.first_line(e), "type": kind, "code": status,
-                                                   "param": getattr(e, "param", None)}}, status)
-        finally:
-            writer.close()
-            self.clients.discard(task)
-
-    async def read(self, reader):
-        """-> method, path, body; in ASK_SECONDS in all, so a trickle of bytes gets no longer."""
-        try:
-            async with asyncio.timeout(ASK_SECONDS):
-                head, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
-                headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
-                words, length = head.split(" "), headers.get("content-length", "0")
-                plain = len(words) == 3 and "transfer-encoding" not in headers
-                if not plain or not re.fullmatch("[0-9]{1,15}", length):
-                    raise ApiError("not an HTTP/1.1 request with a Content-Length")
-                if (left := int(length)) > MAX_BODY:       # read and forgotten, so that the answer is heard
-                    while left > 0 and (piece := await reader.read(1 << 16)):
-                        left -= len(piece)
-                    raise ApiError(f"the body has {length} bytes: at most {MAX_BODY}", status=413)
-                return words[0], words[1].split("?")[0], await reader.readexactly(left)
-        except TimeoutError:
-            raise ApiError(f"the request took longer than {ASK_SECONDS} s", status=408) from None
-        except asyncio.LimitOverrunError:
-            raise ApiError("the headers exceed 64 kB", status=431) from None
-
-    async def send(self, writer, body, status=200):
-        kind = "text/html; charset=utf-8" if isinstance(body, str) else "application/json"
-        body = body if isinstance(body, str) else json.dumps(body)
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Content-Type: {kind}",
-                 f"Content-Length: {len(body.encode())}", "Connection: close"]
-        lines += ["Retry-After: 1"] if status in (429, 503) else []
-        await self.write(writer, "\r\n".join([*lines, "", body]))
-
-    async def write(self, writer, text):
-        writer.write(text.encode())
-        async with asyncio.timeout(READ_SECONDS):          # who does not read fills no memory of ours
-            await writer.drain()
-
-    async def route(self, method, path, body, reader, writer):
+    def pump(self):
         e = self.engine
-        card = {"id": self.name, "object": "model", "created": self.created, "owned_by": "local"}
-        gets = {"/": PAGE.replace("CHAT", json.dumps(bool(self.template))),
-                "/v1/models": {"object": "list", "data": [card]}, f"/v1/models/{self.name}": card,
-                "/health": {"status": "draining" if self.draining else "ok", "running": len(e.running),
-                            "waiting": len(e.waiting), "blocks": e.pool.num_blocks,
+        while True:
+            while not e.busy() or not self.inbox.empty():
+                e.add(self.inbox.get())
+            for r in (*e.running, *e.waiting):
+                r.finish = "cancelled" if r.listener.gone else r.finish
+            try:
+                changed = e.step()
+            except Exception as error:                     # one bad step must not end the service
+                print(f"infer.py: a step failed: {M.first_line(error)}", file=sys.stderr, flush=True)
+                changed = [*e.running, *e.waiting]
+                for r in changed:
+                    r.finish = "error"                     # the next step lets go of them
+            for r in changed:
+                r.listener.events.put((r, r.next_text(), r.finish))
+
+
+class Client(http.server.BaseHTTPRequestHandler):
+    """A client and its one request. The library reads the head, and logs each answer's status."""
+    protocol_version = default_request_version = request_version = "HTTP/1.1"
+    timeout, disable_nagle_algorithm, requestline, streaming, gone = READ_SECONDS, True, "", False, False
+
+    def handle(self):
+        end = time.monotonic() + ASK_SECONDS
+        late = threading.Timer(ASK_SECONDS, self.connection.shutdown, [socket.SHUT_RD])
+
+        def in_time():
+            need(time.monotonic() < end, f"the request took over {ASK_SECONDS} s", None, 408)
+        try:
+            need(threading.active_count() < MAX_THREADS, "too many clients: try again in a second", None, 429)
+            late.start()                                   # for all of it: a trickle of bytes gets no longer
+            self.raw_requestline = self.rfile.readline(1 << 16)
+            in_time()
+            if self.parse_request():                       # if not, it said why by send_error
+                try:
+                    body = self.read()
+                finally:                                   # what is wrong with half a request is its end
+                    in_time()
+                late.cancel()
+                self.route(body)
+        except OSError:
+            pass                                           # the client is gone, or takes nothing
+        except (ValueError, RecursionError) as e:
+            with contextlib.suppress(OSError):
+                self.send_error(getattr(e, "status", 400), M.first_line(e), None, getattr(e, "param", None))
+        finally:
+            late.cancel()
+            self.gone = True
+
+    def read(self):
+        size = self.headers.get("Content-Length", "none" if self.command == "POST" else "0")
+        need(re.fullmatch("[0-9]{1,15}", size), f"Content-Length is {size}, and must be a number of bytes")
+        if (left := int(size)) <= MAX_BODY:
+            return self.rfile.read(left)
+        while left > 0 and (piece := self.rfile.read1(1 << 16)):             # thrown away, but read: who is
+            left -= len(piece)                                               # still talking hears no answer
+        raise ApiError(f"the body has {size} bytes: at most {MAX_BODY}", status=413)
+
+    def send(self, body, status=200, kind="application/json"):
+        """A whole answer; or a stream's beginning, then its events."""
+        data = (body if isinstance(body, str) else json.dumps(body)).encode()
+        if self.streaming:
+            return self.wfile.write(b"data: %b\n\n" % data)
+        self.streaming = kind == "text/event-stream"
+        headers = {"Content-Type": kind, "Connection": "close"}
+        headers |= {} if self.streaming else {"Content-Length": len(data)}
+        headers |= {"Retry-After": 1} if status == 429 else {}
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def send_error(self, status, message=None, explain=None, param=None):
+        kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
+        self.send({"error": {"message": message, "type": kind, "param": param, "code": int(status)}}, status)
+
+    def route(self, body):
+        s, e, path = self.server, self.server.engine, self.path.split("?")[0]
+        card = {"id": s.name, "object": "model", "created": s.created, "owned_by": "local"}
+        gets = {"/": PAGE.replace("CHAT", json.dumps(bool(s.template))),
+                "/v1/models": {"object": "list", "data": [card]}, f"/v1/models/{s.name}": card,
+                "/health": {"status": "ok", "running": len(e.running),
+                            "waiting": len(e.waiting) + s.inbox.qsize(), "blocks": e.pool.num_blocks,
                             "blocks_in_use": e.pool.used(), **e.counters}}
         posts = ("/v1/completions", "/v1/chat/completions")
-        if path not in gets and path not in posts:
-            raise ApiError(f"no {path[:100]} here: there are {', '.join([*gets, *posts])}", status=404)
-        if method != ("GET" if path in gets else "POST"):
-            raise ApiError(f"{path} takes {'GET' if path in gets else 'POST'}", status=405)
+        need(path in (*gets, *posts), f"no {path[:100]} here: {', '.join((*gets, *posts))}", None, 404)
+        method = "GET" if path in gets else "POST"
+        need(self.command == method, f"{path} takes {method}", None, 405)
         if path in gets:
-            return await self.send(writer, gets[path])
+            return self.send(gets[path], kind="text/html" if path == "/" else "application/json")
         asked, chat = json.loads(body.decode("utf-8")), path == posts[1]
-        requests = read_call(asked, chat, self.tokenizer, self.template, e, self.name)
-        if self.draining or len(e.waiting) + len(requests) > MAX_WAITING:
-            raise ApiError("busy: try again in a second", status=503 if self.draining else 429)
-        await self.answer(asked, chat, requests, reader, writer)
+        requests = read_call(asked, chat, s.tokenizer, s.template, e, s.name)
+        self.events = queue.SimpleQueue()
+        with s.lock:
+            need(len(e.waiting) + s.inbox.qsize() + len(requests) <= MAX_WAITING,
+                 "too many requests: try again in a second", None, 429)
+            for r in requests:
+                r.listener = self
+                s.inbox.put(r)
+        self.answer(asked, chat, requests)
 
-    async def answer(self, asked, chat, requests, reader, writer):
-        """Feed the engine; pass on what it says, at once or in the end; if the client hangs up, cancel."""
-        stream, events, done, total = asked.get("stream"), asyncio.Queue(), {}, sum(r.n for r in requests)
-        head = {"id": f"cmpl-{random.getrandbits(64):016x}", "created": int(time.time()), "model": self.name,
-                "object": ("chat.completion" + ".chunk" * bool(stream)) if chat else "text_completion"}
+    def answer(self, asked, chat, requests):
+        """Pass on what the engine says, at once or in the end."""
+        stream, done = asked.get("stream"), {}
+        head = {"id": f"cmpl-{random.getrandbits(64):016x}", "created": int(time.time()),
+                "object": ("chat.completion" + ".chunk" * bool(stream)) if chat else "text_completion",
+                "model": self.server.name}
 
         def choice(r, text, end):
             said = {"delta" if stream else "message": {"role": "assistant", "content": text}}
             return {"index": r.index, **(said if chat else {"text": text}), "finish_reason": end or None,
                     "logprobs": None}
-
-        def chunk(**more):
-            return self.write(writer, f"data: {json.dumps({**head, **more})}\n\n")
-
-        async def hang_up():
-            with contextlib.suppress(OSError):
-                await reader.read(1)
-            events.put_nowait((None, "", ""))
-        gone = asyncio.create_task(hang_up())
-        try:
-            for r in requests:
-                r.listener = events
-                self.engine.add(r)
-            self.work.set()
-            if stream:
-                await self.write(writer, "HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
-                                         "Connection: close\r\n\r\n")
-            while len(done) < total:
-                r, text, end = await events.get()
-                if r is None:
-                    return
-                if end == "error" and not stream:
-                    raise ApiError("internal error", status=500)
-                if end == "error":
-                    return await chunk(error={"message": "internal error", "code": 500})
-                if end:
-                    done[r.index] = r
-                if stream and (text or end):
-                    await chunk(choices=[choice(r, text, end)])
-            prompt, new = sum(r.prompt_tokens for r in requests), sum(len(r.output) for r in done.values())
-            usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
-            if not stream:
-                choices = [choice(done[i], done[i].text, done[i].finish) for i in sorted(done)]
-                return await self.send(writer, {**head, "choices": choices, "usage": usage})
-            if (asked.get("stream_options") or {}).get("include_usage"):
-                await chunk(choices=[], usage=usage)
-            await self.write(writer, "data: [DONE]\n\n")
-        finally:
-            gone.cancel()
-            for r in [*self.engine.running, *self.engine.waiting]:
-                if r.listener is events and not r.finish:
-                    r.finish = "cancelled"                 # the engine lets go of it before its next step
-            self.work.set()
+        if stream:
+            self.send("", kind="text/event-stream")
+        while len(done) < sum(r.n for r in requests):
+            if select.select([self.connection], [], [], 0)[0]:
+                return                                     # there is nothing to read but an end: it hung up
+            try:
+                r, text, end = self.events.get(timeout=0.5)
+            except queue.Empty:
+                continue
+            need(end != "error", "internal error", None, 500)
+            if end:
+                done[r.index] = r
+            if stream and (text or end):
+                self.send({**head, "choices": [choice(r, text, end)]})
+        prompt, new = sum(r.prompt_tokens for r in requests), sum(len(r.output) for r in done.values())
+        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        if not stream:
+            choices = [choice(done[i], done[i].text, done[i].finish) for i in sorted(done)]
+            return self.send({**head, "choices": choices, "usage": usage})
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            self.send({**head, "choices": [], "usage": usage})
+        self.send("[DONE]")
 
 
 PAGE = """<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>infer.py</title>
+<title>infer.py</title><link rel="icon" href="data:,">
 <style>
 body { font: 16px/1.5 system-ui; max-width: 44rem; margin: 2rem auto; padding: 0 1rem }
-#log div { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem; background: #eee }
-#log .user { background: #e3ebf7 }  #log .error { background: #fbe3e0 }
+div { white-space: pre-wrap; overflow-wrap: anywhere; margin: .6rem 0; padding: .5rem; background: #eee }
+.user { background: #e3ebf7 }  .error { background: #fbe3e0 }
 form { display: flex; gap: .5rem } textarea { flex: 1 } textarea, button { font: inherit }
 </style>
-<h1>infer.py</h1><div id="log" aria-live="polite"></div>
+<h1>infer.py</h1><main aria-live="polite"></main>
 <form><textarea rows="2" autofocus placeholder="Enter sends" aria-label="message"></textarea>
 <button>Send</button></form>
 <script>
-const [form, box, button, log] = ["form", "textarea", "button", "#log"].map(s => document.querySelector(s))
-let messages = [], stop = null                  // stop ends the answer that is coming in
-function say(role, text) {
-  const div = log.appendChild(document.createElement("div"))
-  div.className = role; div.textContent = text; return div
-}
+const [form, box, button, log] = ["form", "textarea", "button", "main"].map(s => document.querySelector(s))
+let stop = null                                 // ends the answer that is coming in
+const say = (role, text) =>                     // the page is all that remembers what was said
+  Object.assign(log.appendChild(document.createElement("div")), { className: role, textContent: text })
 form.onsubmit = async event => {
   event.preventDefault()
   if (stop) return stop.abort()
   const prompt = box.value; if (!prompt) return
-  box.value = ""; button.textContent = "Stop"; stop = new AbortController()
-  say("user", prompt); messages.push({ role: "user", content: prompt })
+  const mine = say("user", prompt)
+  const messages = Array.from(log.querySelectorAll(":not(.error)"),
+                              div => ({ role: div.className, content: div.textContent }))
   const out = say("assistant", "")
+  box.value = ""; button.textContent = "Stop"; stop = new AbortController()
   try {
     const body = JSON.stringify({ ...(CHAT ? { messages } : { prompt }), stream: true })
     const reply = await fetch(CHAT ? "/v1/chat/completions" : "/v1/completions",
@@ -1542,9 +1527,9 @@ form.onsubmit = async event => {
         out.textContent += said.choices[0].text ?? said.choices[0].delta.content; out.scrollIntoView()
       }
     }
-  } catch (e) { if (e.name != "AbortError") { out.className = "error"; out.textContent = e.message } }
-  if (out.className == "error") messages.pop()
-  else messages.push({ role: "assistant", content: out.textContent })
+  } catch (e) {
+    if (e.name != "AbortError") { mine.className = out.className = "error"; out.textContent = e.message }
+  }
   stop = null; button.textContent = "Send"
 }
 box.onkeydown = e => { if (e.key == "Enter" && !e.shiftKey) { e.preventDefault(); form.requestSubmit() } }
@@ -1670,10 +1655,18 @@ def run_chat(a):
 
 def run_serve(a):
     engine, tokenizer, template = open_engine(a)
-    server = Server(engine, tokenizer, a.name, template)
-    asyncio.run(server.serve(a.host, a.port, lambda port: print(
-        f"{a.name} at http://{a.host}:{port}/v1   chat page http://{a.host}:{port}/   "
-        f"(Ctrl-C or SIGTERM: finish what was asked, then stop)", flush=True)))
+    try:
+        server = Server((a.host, a.port), engine, tokenizer, a.name, template)
+    except OSError as e:
+        raise ValueError(f"cannot listen at {a.host} port {a.port} ({e.strerror}): choose another --port or "
+                         f"--host") from None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
+    url = f"http://{a.host}:{server.server_address[1]}/"
+    print(f"{a.name} at {url}v1   chat page {url}   (Ctrl-C or SIGTERM: finish what was asked, then stop)",
+          flush=True)
+    with server:
+        server.serve_forever()
     print(f"served {engine.counters['requests']} requests, {engine.counters['tokens']} tokens")
 
 

@@ -1,7 +1,7 @@
 """bench_infer.py - decoding against transformers, continuous batching against static, speculation against plain.
 
-Run    python tests/bench_infer.py                  # all parts, about 4 minutes on two idle cores
-       python tests/bench_infer.py --only peers     # one of: peers, batching, speculation, memory
+Run    python tests/bench_infer.py                  # all parts, about 5 minutes on two idle cores
+       python tests/bench_infer.py --only peers     # one of: peers, batching, speculation, memory, load
 
 peers        The same random weights in `transformers` (LlamaForCausalLM, generate with its cache) and here: prefill,
              and decoding at batch 1 and 16, greedy; the texts must be the same. The two take turns; medians.
@@ -11,12 +11,22 @@ speculation  A target of 8 layers and a draft of its first, with the same output
              the target's later layers are scaled down until 7 in 10 of the drafts that are judged are kept (the first
              refusal ends a pass): the speed at a stated acceptance, not a claim about trained pairs.
 memory       Bytes of the weights as int8 and int4.
+load         `infer.py serve` as a process, few blocks, and 64 clients for --seconds: mixed prompts, whole or streamed, one
+             in five hangs up early. Each text must be as it is alone, and nothing be left in the end; then SIGTERM among
+             eight streams, which must all come to their ends, and the status be 0.
 """
+import collections
 import copy
+import http.client
+import json
 import os
 import random
+import re
+import signal
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -177,22 +187,62 @@ def memory(rounds):
     M.table("Weights in memory, the embedding included", ["", "fp32 MB", "MB", "of fp32", "of bf16"], rows)
 
 
+def load(length, clients=64):
+    import test_infer as T
+    model = model_of(128, 4, 4, vocab_size=261, context_length=256)
+    tokenizer, rng = T.chat_tokenizer(), random.Random(0)
+    engine, jobs = I.Engine(I.tune(copy.deepcopy(model)), 1), []
+    for i in range(48):
+        text, n = "a prefix that some share; " * rng.randrange(4) + f"{i}" * rng.randrange(1, 30), rng.randrange(1, 80)
+        r = I.Request(tokenizer.encode(text), n, temperature=0, tokenizer=tokenizer, stop_ids=I.stop_tokens(tokenizer))
+        engine.generate([r])
+        jobs.append(({"prompt": text, "max_tokens": n, "temperature": 0}, r.text))
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(os.path.join(folder, "tokenizer.json"))
+        path = os.path.join(folder, "checkpoint.pt")
+        M.save_checkpoint(path, model, tokenizer=tokenizer.hash())
+        server = subprocess.Popen([sys.executable, I.__file__, "serve", "--port", "0", "--num_blocks", "48",
+                                   "--checkpoint", path], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        try:
+            port = int(re.search(r":(\d+)/v1", server.stdout.readline())[1])
+            def call(method, url, body=None):
+                connection = http.client.HTTPConnection("127.0.0.1", port)
+                connection.request(method, url, body)
+                return connection.getresponse()
+            t, log = seconds(lambda: T.hammer(port, jobs, length, clients))
+            health = T.idle(lambda *asked: (200, json.loads(call(*asked).read())))
+            last = [call("POST", "/v1/completions", json.dumps({**asked, "stream": True})) for asked, _ in jobs[:8]]
+            server.send_signal(signal.SIGTERM)             # their heads are here: all have begun
+            for reply, (_, want) in zip(last, jobs):
+                assert "".join(e["choices"][0]["text"] for e in T.events(reply.read().decode())) == want
+            assert (status := server.wait(60)) == 0, status
+        finally:
+            server.kill()
+    count = collections.Counter((what, asked["stream"]) for asked, what in log)
+    M.table(f"{clients} clients for {length:g} s, {M.num_params(model.config) / 1e6:.1f}M parameters; {header()}",
+            ["", "whole", "streamed"], [[text, f"{count[what, False]:,}", f"{count[what, True]:,}"] for what, text in (
+                ("right", "the text as it is alone"), ("left", "hung up early"), ("busy", "told to come back (429)"))])
+    print(f"{health['tokens'] / t:,.0f} tokens/s, {health.get('preempted', 0):,} preemptions; then 0 running, 0 waiting, "
+          f"0 blocks in use; SIGTERM among 8 streams: all finished, status 0")
+
+
 def header():
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
 
 
-PARTS = {"peers": peers, "batching": batching, "speculation": speculation, "memory": memory}
+PARTS = {"peers": peers, "batching": batching, "speculation": speculation, "memory": memory, "load": load}
 
 
 def main():
     parser = M.cli(__doc__)
     parser.add_argument("--only", choices=PARTS, help="one part")
     parser.add_argument("--rounds", type=int, default=5, help="turns each; the table shows medians")
+    parser.add_argument("--seconds", type=float, default=60, help="how long the clients of load ask")
     args = parser.parse_args()
     I.keep_freed_memory()
     for name, part in PARTS.items():
         if args.only in (None, name):
-            part(args.rounds)
+            part(args.seconds if name == "load" else args.rounds)
 
 
 if __name__ == "__main__":

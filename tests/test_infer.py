@@ -2,8 +2,8 @@
 distributions, (3) quantisation, pruning, distillation, diffusion, (4) accounting, (5) the server, (6) commands and
 bad input. Models are tiny and random; the server listens on loopback.
 """
-import asyncio, contextlib, copy, http.client, json, math, random, re
-import shlex, signal, socket, subprocess, sys, threading
+import contextlib, copy, http.client, json, math, random, re
+import select, shlex, signal, socket, subprocess, sys, threading, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -559,26 +559,22 @@ def chat_tokenizer():
 def serving(**options):
     """A server on a free port in a thread of this process -> (call, server)."""
     model = I.tune(build(vocab_size=261))
-    server = I.Server(I.Engine(model, 8, 8, chunk=16, **options), chat_tokenizer(), "tiny", CHAT)
-    port, ready = [], threading.Event()
-    thread = threading.Thread(target=lambda: asyncio.run(
-        server.serve("127.0.0.1", 0, lambda p: (port.append(p), ready.set()))))
+    server = I.Server(("127.0.0.1", 0), I.Engine(model, 8, 8, chunk=16, **options), chat_tokenizer(), "tiny", CHAT)
+    thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    assert ready.wait(30)
 
     def call(method, path, body=None, raw=None):
-        connection = http.client.HTTPConnection("127.0.0.1", port[0], timeout=60)
+        connection = http.client.HTTPConnection(*server.server_address, timeout=60)
         connection.request(method, path, raw if raw is not None else json.dumps(body) if body is not None else None)
         reply = connection.getresponse()
         data = reply.read()
         return reply.status, json.loads(data) if reply.headers["Content-Type"] == "application/json" else data.decode()
-    call.port = port[0]
+    call.port = server.server_address[1]
     try:
         yield call, server
     finally:
-        server.loop.call_soon_threadsafe(server.stop.set)
-        thread.join(60)
-        assert not thread.is_alive()
+        server.shutdown()
+        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -632,6 +628,49 @@ def test_streams_and_chat(service):
     assert I.render_chat(tok, CHAT, [{"role": "user", "content": "<|end|>"}])[1:-1] == list(b"<|end|>")
 
 
+def test_the_openai_client(service, monkeypatch):
+    """The API's own client, as people have it: lists, texts, streams, and our errors as its exceptions."""
+    openai = pytest.importorskip("openai")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    call, server = service
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{call.port}/v1", api_key="none", max_retries=0)
+    assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").owned_by == "local"
+
+    knobs = dict(model="tiny", max_tokens=12, temperature=0.9, seed=3)
+    reply = client.completions.create(prompt=["hello", "abc"], n=2, **knobs)
+    assert [c.text for c in reply.choices] == [alone(server, text, max_tokens=12, temperature=0.9, seed=seed)
+                                               for text in ("hello", "abc") for seed in (3, 4)]
+    assert reply.usage.prompt_tokens == 8 and 4 <= reply.usage.completion_tokens <= 48
+    greedy = {**knobs, "temperature": 0}
+    whole = client.completions.create(prompt="hello", **greedy).choices[0]
+    assert whole.text == alone(server, "hello", max_tokens=12, temperature=0.0) and whole.finish_reason == "length"
+    cut = client.completions.create(prompt="hello", stop=whole.text[3:5], **greedy).choices[0]
+    assert cut.finish_reason == "stop" and cut.text == whole.text[:whole.text.find(whole.text[3:5])]
+    assert "".join(part.choices[0].text for part in client.completions.create(
+        prompt="hello", stream=True, **greedy)) == whole.text
+
+    asked = dict(messages=[{"role": "user", "content": "hi"}], model="tiny", max_completion_tokens=9, seed=1)
+    said = client.chat.completions.create(**asked)
+    parts = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert said.choices[0].message.content == "".join(p.choices[0].delta.content for p in parts[:-1])
+    assert parts[-1].usage == said.usage and said.usage.total_tokens == said.usage.prompt_tokens + 9
+
+    def refused(error, **change):
+        with pytest.raises(error) as e:
+            client.completions.create(**{**knobs, "prompt": "a", **change})
+        return e.value
+    assert refused(openai.BadRequestError, temperature=-1).type == "invalid_request_error"
+    assert refused(openai.BadRequestError, prompt="<|end|>").param == "prompt"
+    assert refused(openai.NotFoundError, model="gpt-9").param == "model"
+    with monkeypatch.context() as patch:
+        patch.setattr(I, "MAX_WAITING", 0)
+        assert refused(openai.RateLimitError).response.headers["Retry-After"] == "1"
+    monkeypatch.setattr(server.engine, "run", lambda *_, **__: 1 / 0)
+    assert refused(openai.InternalServerError).type == "server_error"
+    with pytest.raises(openai.APIError, match="internal"):
+        list(client.completions.create(prompt="a", stream=True, **knobs))
+
+
 BAD = {
     "malformed": (400, b'{"prompt": '), "not an object": (400, b"[1]"), "utf-8": (400, b'{"prompt": "\xff"}'),
     "deep": (400, b"[" * 100_000), "empty": (400, b""), "nan": (400, b'{"prompt": "a", "temperature": NaN}'),
@@ -670,7 +709,7 @@ def test_paths_and_bad_http(service, monkeypatch):
     assert call("GET", "/v1/models")[1]["data"][0] == call("GET", "/v1/models/tiny")[1]
     assert call("GET", "/nothing")[0] == 404 and call("GET", "/v1/completions")[0] == 405
     assert call("DELETE", "/health")[0] == 405
-    status, reply = call("POST", "/v1/completions", raw=b"x" * (3 << 20))    # three times what is allowed
+    status, reply = call("POST", "/v1/completions", raw=bytes(100_000_000))   # a hundred times what is allowed
     assert status == 413 and "bytes" in reply["error"]["message"]
     for sent, want in ((b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
                        (b"GET / HTTP/1.1\r\nX: " + b"a" * 70000 + b"\r\n\r\n", b"431")):
@@ -681,6 +720,16 @@ def test_paths_and_bad_http(service, monkeypatch):
     with socket.create_connection(("127.0.0.1", call.port), 30) as s:
         s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Len")
         assert s.recv(100).startswith(b"HTTP/1.1 408")
+    assert I.Client.timeout == I.READ_SECONDS
+    monkeypatch.setattr(I.Client, "timeout", 0.1)          # and one that takes nothing of what it asked for
+    monkeypatch.setattr(I, "PAGE", "x" * 50_000_000)
+    before, end = threading.active_count(), time.monotonic() + 60
+    with socket.create_connection(("127.0.0.1", call.port), 30) as s:
+        s.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert select.select([s], [], [], 30)[0]
+        while threading.active_count() > before:
+            assert time.monotonic() < end
+        assert sum(map(len, iter(lambda: s.recv(1 << 20), b""))) < 50_000_000
     assert call("GET", "/health")[0] == 200
 
 
@@ -691,7 +740,38 @@ def test_too_many(service, monkeypatch):
     connection.request("POST", "/v1/completions", json.dumps({"prompt": ["a"] * 4}))
     reply = connection.getresponse()
     assert reply.status == 429 and reply.headers["Retry-After"] == "1"
-    reply.read()
+    assert json.loads(reply.read())["error"]["type"] == "rate_limit_error"
+    monkeypatch.setattr(I, "MAX_THREADS", 3)
+    with socket.create_connection(("127.0.0.1", call.port), 60) as s:        # one too many: turned away unheard
+        head, body = s.makefile("rb").read().split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 429") and b"Retry-After: 1" in head and b"too many clients" in body
+
+
+def test_who_hangs_up_is_let_go(service, monkeypatch):
+    call, server = service
+    seen, step = [], server.engine.step
+
+    def held():
+        """A step; then wait until the client of whoever got a token is gone."""
+        for r in (changed := step()):
+            seen.append(r)
+            end = time.monotonic() + 60
+            while not r.listener.gone and time.monotonic() < end:
+                call("GET", "/health")
+        return changed
+    monkeypatch.setattr(server.engine, "step", held)
+
+    def wait(done):
+        end = time.monotonic() + 60
+        while not done():
+            assert time.monotonic() < end
+    for i, stream in enumerate((False, True)):
+        body = json.dumps({"prompt": "a", "max_tokens": 40, "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", call.port), 60) as s:
+            s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            wait(lambda: len(seen) > i)
+        wait(lambda: not server.engine.busy())
+    assert [(r.finish, len(r.output)) for r in seen] == [("cancelled", 1)] * 2
 
 
 def test_a_failing_step_is_reported_and_survived(service, monkeypatch, capfd):
@@ -704,41 +784,68 @@ def test_a_failing_step_is_reported_and_survived(service, monkeypatch, capfd):
     assert "division by zero" in capfd.readouterr().err
 
 
-def test_load():
-    """64 clients at once, mixed prompts, a third hangs up early: right answers, no error, no block lost."""
-    with serving(num_blocks=40) as (call, server):
-        rng, errors, texts = random.Random(0), [], {}
-        jobs = [(f"{'shared prefix ' * (i % 3)}{i}", dict(max_tokens=rng.randrange(1, 14), seed=i, temperature=1.0))
-                for i in range(64)]
+def hammer(port, jobs, seconds, clients=64):
+    """That many clients ask for that long, whole or streamed; one in five hangs up early. jobs: [(what to ask, the
+    right text)] -> [(what was asked, "right", "left" or "busy")]; the first wrong answer is an AssertionError."""
+    end, log, errors = time.monotonic() + seconds, [], []
 
-        def client(i):
-            try:
-                text, knobs = jobs[i]
-                if i % 3 == 1:
-                    with socket.create_connection(("127.0.0.1", call.port), 60) as s:
-                        body = json.dumps({"prompt": text, **knobs, "stream": True}).encode()
-                        s.sendall(b"POST /v1/completions HTTP/1.1\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-                        s.recv(1)
-                else:
-                    status, reply = call("POST", "/v1/completions", {"prompt": text, **knobs})
-                    assert status == 200, reply
-                    texts[i] = reply["choices"][0]["text"]
-            except Exception as e:
-                errors.append(e)
-        threads = [threading.Thread(target=client, args=(i,)) for i in range(64)]
-        for t in threads:
-            t.start()
-        for t in threads:
-            t.join(120)
-        assert not errors and len(texts) == 43
-        for _ in range(2000):                              # those that hung up are let go between two steps
-            health = call("GET", "/health")[1]
-            if not health["running"] + health["waiting"] + health["blocks_in_use"]:
-                break
-        assert health["blocks_in_use"] == 0 and health["running"] == health["waiting"] == 0
-        assert health["requests"] == 64
-        for i, text in texts.items():
-            assert text == alone(server, jobs[i][0], **jobs[i][1])
+    def ask(rng):
+        asked, want = rng.choice(jobs)
+        asked, leaves = {**asked, "stream": rng.random() < 0.5}, rng.random() < 0.2
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=120)) as connection:
+            connection.request("POST", "/v1/completions", json.dumps(asked))
+            if leaves and not asked["stream"]:
+                return log.append((asked, "left"))
+            reply = connection.getresponse()
+            if leaves:
+                assert reply.read(1)
+                return log.append((asked, "left"))
+            data = reply.read().decode()
+            if reply.status == 429 and reply.headers["Retry-After"]:
+                return log.append((asked, "busy"))
+            parts = events(data) if asked["stream"] else [json.loads(data)]
+            got = "".join(part["choices"][0]["text"] for part in parts)
+            assert got == want and parts[-1]["choices"][0]["finish_reason"], (asked, got, want)
+            log.append((asked, "right"))
+
+    def client(number):
+        rng = random.Random(number)
+        try:
+            while time.monotonic() < end and not errors:
+                ask(rng)
+        except Exception as e:
+            errors.append(e)
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not errors, errors[0]
+    return log
+
+
+def idle(call):
+    """The server's /health once nothing is left of what was asked: half a second after the last one hung up."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        health = call("GET", "/health")[1]
+        if not health["running"] + health["waiting"] + health["blocks_in_use"]:
+            return health
+    raise AssertionError(health)
+
+
+def test_load():
+    """64 clients for two seconds, few blocks: right answers, alone or not, no error, no block lost."""
+    with serving(num_blocks=40) as (call, server):
+        jobs = []
+        for i in range(24):
+            knobs = dict(max_tokens=1 + 5 * i % 14, seed=i, temperature=i % 2)
+            text = f"{'shared prefix ' * (i % 3)}{i}"
+            jobs.append(({"prompt": text, **knobs}, alone(server, text, **knobs)))
+        log = hammer(call.port, jobs, 2)
+        seen = {(what, asked["stream"]) for asked, what in log}
+        assert {("right", True), ("right", False), ("left", True), ("left", False)} <= seen
+        assert 0 < idle(call)["requests"] <= len(log)
 
 
 # --- 6. commands --------------------------------------------------------------------------------------------
@@ -887,6 +994,12 @@ def test_sigterm_drains_and_exits_0(folder):
     finally:
         p.kill()
         p.stdout.close()
+
+
+def test_an_address_in_use_is_one_line(folder, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit):
+        I.main(["serve", "--port", str(taken.getsockname()[1]), "--checkpoint", str(folder / "checkpoint.pt")])
+    assert "choose another --port" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 def commands():
