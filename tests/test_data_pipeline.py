@@ -56,7 +56,7 @@ def test_funnel_adds_up(planted, finished):
         if before != "personal data":                                        # masks change the length
             assert stages[after][2] == size - lost_bytes
     assert len(rows(out / "clean.jsonl")) == stages[order[-1]][0] - stages[order[-1]][1]
-    notes = [reason for reason in result["reasons"] if reason.startswith("note: ")]
+    notes = [reason for reason in result["reasons"] if reason.startswith(("note: ", "read: "))]
     assert all(any(flaw in n for n in notes) for flaw in ("cut at", "member damaged", "truncated")), notes
     fates = [fate for _, fate, _, _ in result["samples"]]
     assert fates.count("kept") == 5 and len(fates) == 10
@@ -196,6 +196,36 @@ def test_text_inputs(tmp_path):
         assert last[1] is None and "damaged" in last[2] and len(good) in (0, *range(50_000, 100_000))
 
 
+def test_strange_files_are_counted(tmp_path, monkeypatch):
+    """Of a folder as users have them: what is empty, foreign, binary or damaged has a reason, the rest is read."""
+    folder, rng = tmp_path / "in", np.random.default_rng(0)
+    folder.mkdir()
+    monkeypatch.setattr(D, "MAX_WASTE", 1 << 25)
+    monkeypatch.setattr(D, "MAX_PAGE", 100_000)
+    junk, text = rng.bytes(50_000), "Été: a page of text, and write to jo@example.com."
+    for name, data in {"empty.warc.gz": b"", "junk.warc.gz": junk, "junk.txt": junk, "junk.txt.gz": b"hello",
+                       "nul.txt": b"jo@example.com \0" * 50,
+                       "bomb.jsonl.gz": gzip.compress(bytes(100 << 20), 1), "a.txt": text.encode("utf-16"),
+                       "a.warc.wat.gz": D.warc_record("metadata", "http://x", b"{}"), "esc.txt": text.encode() + b"\x1b",
+                       "b.txt": text.replace("page", "piece").encode("cp1252"), "c.HTM": b"<p>Hyper text.</p>",
+                       "long.txt": b"too " * 30_000}.items():
+        (folder / name).write_bytes(data)
+    (tmp_path / "v.txt").write_text(text)
+    result, shown = run(["run", "--data", str(folder), "--no-rules", "--languages", "any", "--out", str(tmp_path / "o"),
+                         "--val", str(tmp_path / "v.txt"), "--lines", "keep", "--vocab_size", "258", "--processes", "1"])
+    reasons = result["reasons"]
+    assert reasons["note: a file without documents"] == 3 and reasons["read: binary: over 2% control codes"] == 2
+    assert reasons["read: junk.txt.gz is damaged: Not a gzipped file (b'he')"] == 1
+    assert reasons["note: cut at 100,000 characters"] == 1
+    assert any("bomb.jsonl.gz is a bomb" in reason for reason in reasons)
+    masked = text.replace("jo@example.com", "|||EMAIL_ADDRESS|||")
+    assert sorted(row["text"] for row in rows(tmp_path / "o" / "clean.jsonl")) == \
+        sorted(["Hyper text.", ("too " * 25_000).strip(), masked, masked.replace("page", "piece")])      # esc.txt is a.txt
+    assert "jo@" not in shown and "\x1b" not in shown
+    (folder / "half.jsonl.gz").write_bytes(gzip.compress(text.encode() * 9)[:-9])
+    assert D.main(["decontaminate", "--data", str(folder / "c.HTM"), "--evaluation", str(folder / "half.jsonl.gz")]) == 2
+
+
 def test_a_line_without_end_costs_bounded_memory(tmp_path):
     with open(tmp_path / "a.txt", "wb") as f:
         for _ in range(120):
@@ -249,6 +279,7 @@ def test_docstring_commands_parse():
     (["run", "--data", "{tmp}/a.txt", "--quality", "{tmp}/a.txt"], "no classifier"),
     (["run", "--data", "{tmp}/a.txt", "--out", "{tmp}/o"], "nothing is left"),
     (["run", "--data", "{tmp}/a.txt", "--out", "{tmp}/o", "--val", "/no/such"], "/no/such: no such file"),
+    (["run", "--data", "{tmp}/a.txt", "--out", "{tmp}/o", "--val", "{tmp}/nul.txt"], "not a text file"),
     (["run", "--data", "{tmp}/a.txt", "--evaluation", "{tmp}/a.txt"], "none of 1 items has 13 words"),
     (["classify"], "give --train FILE"), (["ngram", "--arpa", "x"], "give --train FILE"),
     (["dedup", "--data", "{tmp}/a.txt", "--out", "{tmp}/o", "--by", "lines", "--lines", "keep"], "--lines first"),
@@ -264,6 +295,7 @@ def test_docstring_commands_parse():
 def test_a_mistake_is_one_line(argv, says, tmp_path, capsys):
     if argv != ["run", "--data", "{tmp}"]:
         (tmp_path / "a.txt").write_text("hello there\n")
+        (tmp_path / "nul.txt").write_bytes(b"a\0")
     try:
         status = D.main([word.replace("{tmp}", str(tmp_path)) for word in argv])
     except SystemExit as e:
