@@ -21,15 +21,17 @@ Equations
 
 Run    python align.py                                   # base, SFT, GRPO on sums: within two minutes
        python align.py compare                           # the algorithms at equal tokens, 3 seeds: 20 minutes
-       python align.py grpo --demos 300                  # few right demonstrations, then the verifier alone
-       python align.py dpo --beta 0.1 0.5 1              # pairs from the verifier; beta 0.1 fails: see why
+       python align.py grpo --demos 300                  # few right sums, then the verifier: 2 to 4 minutes
+       python align.py dpo --beta 0.1 0.5 1              # at beta 0.1 pairs are ranked right, sums are wrong
        python align.py sft --data chat.jsonl --init out/checkpoint.pt --out out/chat     # then infer.py chat
        python align.py eval --task gsm8k --data gsm8k_test.jsonl --init out/chat/checkpoint.pt
-       On a GPU, not yet measured; the course's model (Qwen2.5-Math-1.5B) should pass 25% on MATH after it:
+       On a GPU, not yet measured; the course's model (Qwen2.5-Math-1.5B) should pass 15% on MATH after the
+       first (worked solutions in the prompt's format), 25% after the second:
+       python align.py sft --data solved.jsonl --prompt r1_zero --init out/qwen/checkpoint.pt --lr 1e-5
        python align.py grpo --data math.jsonl --prompt r1_zero --init out/qwen/checkpoint.pt
 
 You should see (one CPU thread; shortened)
-       step   10 | reward  0.870 | held out  0.988 | kl  0.034 | entropy 0.105 | clip  0.0% | ...
+       step   10 | reward  0.870 | held out  0.988 | kl  0.034 | ...
        Right answers to 1,000 sums never shown (95% intervals of up to +-3 points; sampled: 200 sums)
                                 greedy  one sample  majority of 16  any of 16
          base: a pupil's books   65.7%       67.8%           69.5%      97.0%
@@ -263,6 +265,9 @@ def render_chat(turns, tokenizer, template, generate=False):
 PROMPTS = {
     "none": "{question}",
     "cot": "{question}\nLet's think step by step.",
+    "zero_shot": "This is a record of conversations. What people ask stands under '# Query:', and what you, "
+                 "their assistant, reply under '# Answer:'. You are helpful, honest and polite, you give "
+                 "reasons, and you decline what would do harm.\n\n# Query:\n{question}\n\n# Answer:\n",
     "alpaca": "Below is an instruction that describes a task. Write a response that appropriately completes "
               "the request.\n\n### Instruction:\n{question}\n\n### Response:\n",
     "r1_zero": "A conversation between User and Assistant. The User asks a question, and the Assistant "
@@ -302,8 +307,8 @@ def pack(examples, T, apart=True):
     """(ids, mask) examples end to end, cut into rows of T: no padding. A row's last label is the next row's
     first id; what does not fill a row is dropped.
 
-    apart: each next document of a row is moved T positions on, and a window of T positions (windowed) does
-    not reach the one before. RoPE reads differences alone, so inside a document nothing changes. Without
+    apart: documents do not see one another: each next one of a row is moved T positions on, out of the reach
+    of a window of T (windowed). RoPE reads differences alone, so inside a document nothing changes. Without
     RoPE, or where a mixer heeds no window, packed documents see one another, as in most pre-training."""
     ids, mask = ([v for e in examples for v in e[k]] for k in (0, 1))
     document = torch.tensor([i for i, e in enumerate(examples) for _ in e[0]])
@@ -330,6 +335,9 @@ def windowed(model, T):
 
 # --- 4. losses and estimators -------------------------------------------------------------------------------
 # Small pure functions. How a mean is taken decides what is learned: per sequence, per token, over a constant.
+# The policy is the model that answers. An advantage is how much better an answer was than expected; what was
+# expected is the baseline, a plain mean or a value model's guess. On-policy: the weights that take the step
+# also drew the answers. Off-policy: they have moved since, and the ratio p / p_old makes up for it.
 
 def masked_mean(x, mask, dim=None):
     """Mean of x where mask is 1; NaN where it never is: an empty answer must not look like a loss of 0."""
@@ -843,6 +851,7 @@ class Task:
     held_out: list
     reward: object                                         # (response text, truth) -> reward
     stop_text: str = ""
+    texts: tuple = ()                                      # what was read before, (ids, mask): for --ptx
     judge: object = None                                   # a reward model in place of the verifier
     patience: float = 5.0                                  # seconds that grading one answer may take
     must_end: bool = True                                  # an answer cut off at the limit earns nothing
@@ -860,6 +869,8 @@ class Task:
                          s.min_new_tokens, generator, stop_text)
         for a in answers:
             a.text = self.tokenizer.decode(a.ids[:-1] if a.ids and a.ids[-1] in self.stop else a.ids)
+            if self.stop_text and self.stop_text[0] != "<":          # a closing tag is part of the answer
+                a.text = a.text.partition(self.stop_text)[0]
         if self.judge:
             values = reward_of(self.judge, [a.prompt for a in answers], [a.ids for a in answers]).tolist()
             rewards, worst = [{**NOTHING, "reward": v} for v in values], {**NOTHING, "reward": min(values)}
@@ -893,9 +904,10 @@ class RL:
         self.optimizer = Optimizer(model.parameters(), s.lr)
         self.reference = copy.deepcopy(model).requires_grad_(False)          # the KL is measured to the start
         self.problems, self.generated = batches(task.train, s.prompts, random.Random(s.seed)), 0
+        self.texts = batches(task.texts, s.prompts, random.Random(s.seed))
         if s.advantage == "gae":
             self.value = ScalarModel(model)
-            self.value_optimizer = Optimizer(self.value.parameters(), 3 * s.lr)
+            self.value_optimizer = Optimizer(self.value.parameters(), 3 * s.lr)        # it starts from 0
 
     def collect(self):
         """Sample and grade -> one rollout. The old ln p are those the tokens were drawn by."""
@@ -910,6 +922,8 @@ class RL:
         self.generated += int(mask.sum())
         stats = dict(reward=rewards.mean().item(), length=lengths.mean().item(),
                      length_right=lengths[right].sum().item() / max(1, int(right.sum())),
+                     length_wrong=lengths[~right].sum().item() / max(1, int((~right).sum())),
+                     entropy=-masked_mean(old, mask).item(),             # E[- ln p], by the tokens drawn
                      format=sum(a.reward["format_reward"] for a in answers) / len(answers),
                      no_signal=(groups == groups[:, :1]).all(1).float().mean().item(),
                      sample_s=time.perf_counter() - start)
@@ -946,26 +960,35 @@ class RL:
         for _ in range(s.epochs if n else 0):
             for part in torch.randperm(n, device=self.device).chunk(s.minibatches):
                 weights = token_weights(b["mask"][part], s.aggregate, s.max_new_tokens)
+                if s.kl_beta == 0 and s.advantage != "gae":        # an advantage of 0 has no gradient
+                    part, weights = (x[advantages[part, 0] != 0] for x in (part, weights))
                 for rows, w in zip(part.split(s.micro_batch or n), weights.split(s.micro_batch or n)):
                     self.micro_step(b, advantages[rows], rows, w, sums)
+                if s.ptx > 0:
+                    self.rehearse()
                 sums.update(gnorm=self.optimizer.step(), steps=1)
                 if s.advantage == "gae":
                     self.value_optimizer.step()
-        steps, tokens = max(1, sums["steps"]), max(1, sums["tokens"])
-        return dict(gnorm=sums["gnorm"] / steps, entropy=sums["entropy"] / tokens, clip=sums["clip"] / tokens)
+        return dict(gnorm=sums["gnorm"] / max(1, sums["steps"]), clip=sums["clip"] / max(1, sums["tokens"]))
 
     def micro_step(self, b, advantages, rows, weights, sums):
         """Backward over some rows of the rollout; adds to the sums what the log wants to know."""
         s, ids, labels, mask, old = self.s, *(b[k][rows] for k in ("ids", "labels", "mask", "old"))
-        out = get_response_log_probs(self.model, ids, labels, True, s.temperature)
-        loss, clipped = policy_loss(out["log_probs"], old, advantages, mask, s.loss, s.clip_low, s.clip_high)
+        log_probs = get_response_log_probs(self.model, ids, labels, False, s.temperature)["log_probs"]
+        loss, clipped = policy_loss(log_probs, old, advantages, mask, s.loss, s.clip_low, s.clip_high)
         if s.kl_beta > 0:                                  # pulls even where all rewards of a group are equal
-            loss = loss + s.kl_beta * kl_estimate(out["log_probs"], b["ref"][rows])
+            loss = loss + s.kl_beta * kl_estimate(log_probs, b["ref"][rows])
         (loss * weights).sum().backward()
         if s.advantage == "gae":
             (0.5 * (self.value(ids) - b["returns"][rows]) ** 2 * weights).sum().backward()
-        entropy = (out["token_entropy"] * mask).sum().item()
-        sums.update(tokens=int(mask.sum()), clip=int(clipped.sum()), entropy=entropy)
+        sums.update(tokens=int(mask.sum()), clip=int(clipped.sum()))
+
+    def rehearse(self):
+        """InstructGPT's PPO-ptx, + ptx * mean ln p of other text: what is not rewarded is not forgotten."""
+        rows, size = next(self.texts), self.s.micro_batch or self.s.prompts
+        tokens = sum(sum(mask[1:]) for _, mask in rows)
+        for i in range(0, len(rows), size):
+            (-self.s.ptx / tokens * summed_log_probs(self.model, rows[i:i + size]).sum()).backward()
 
     def run(self, log=print, record=None):
         """For s.steps rollouts or s.tokens generated tokens -> [{step, tokens, reward, ...}], a rollout each;
@@ -1002,8 +1025,8 @@ def accuracy(model, task, s, temperature=0.0, most=None):
 
 
 def check_start(model, task, s):
-    """Refuse what reinforcement cannot use. Of 15 starts on sums, ten with a sampled accuracy above 0.25 all
-    rose to 0.89 or more; five of at most 0.13 stayed under 0.28: a group without a right answer teaches
+    """Refuse what reinforcement cannot use. Of 17 starts on sums, 12 with a sampled accuracy above 0.25 all
+    rose to 0.88 or more; five of at most 0.13 stayed under 0.28: a group without a right answer teaches
     nothing. A reward model's numbers have no such scale."""
     start = accuracy(model, task, s, temperature=1.0, most=500)
     print(f"start: mean reward of sampled answers {start:.3f}", flush=True)
@@ -1125,7 +1148,7 @@ CONSTRAINTS = {
     "length_constraints:number_words": lambda t, relation, num_words:
         enough(len(re.findall(r"\w+", t)), relation, num_words),
     "length_constraints:number_sentences": lambda t, relation, num_sentences:
-        enough(len(re.findall(r"[.!?]+(?=\s|$)", t)), relation, num_sentences),
+        enough(len(re.findall(r"(?<![.!?])[.!?]+(?=\s|$)", t)), relation, num_sentences),
     "keywords:existence": lambda t, keywords: all(k.lower() in t.lower() for k in keywords),
     "keywords:forbidden_words": lambda t, forbidden_words:
         not any(re.search(rf"\b{re.escape(w)}\b", t, re.I) for w in forbidden_words),
@@ -1313,8 +1336,9 @@ def pupil_task(s):
     answers = [(p, p.answer) for p in task.train[:s.demos]] or pupil_answers(task, s.seed)
     # As in all pre-training, end of text stands before a document, too; here it takes <|user|>'s position.
     books = [task.tokenizer.encode(f"{bpe.EOT}{p.prompt}={a}{bpe.EOT}") for p, a in answers]
+    task.texts = [(ids, [1] * len(ids)) for ids in books]
     if not s.demos:
-        sft(model, [(ids, [1] * len(ids)) for ids in books], s.base_steps, 3e-3, seed=s.seed)
+        sft(model, task.texts, s.base_steps, 3e-3, seed=s.seed)
     base, chats = copy.deepcopy(model), [as_example(task.ask(p.prompt), task.ids(a)) for p, a in answers]
     for attempt in range(1, 2 if s.demos else 6):          # not every seed learns in time: up to five goes
         sft(model, chats, s.sft_steps, 3e-3, seed=s.seed + attempt)
@@ -1465,7 +1489,7 @@ def load_task(s, reward=None, teach=False):
         return tokenizer.encode(text.replace("{question}", prompt), allowed_special=())
     # The ids that end a text: the tokenizer's, and what an imported model names.
     stop = [i for i in (tokenizer.eot_id, *(state.get("stop_ids") or ())) if i is not None]
-    stop_text = "</answer>" if "<answer>" in text else ""
+    stop_text = next((end for end in ("</answer>", "# Query:") if end in text), "")
     return model, Task(tokenizer, template, ask, stop[:1], set(stop), [], [], reward, stop_text)
 
 
@@ -1606,6 +1630,12 @@ def run_grpo(s):
         task.held_out, task.train = split(problems, s, lambda p: len(task.ask(p.prompt)), room, "prompts")
         if s.reward_model:
             task.judge = load_reward_model(s.reward_model, task.tokenizer, model.head.weight.device)
+        if s.ptx_data:
+            ids = task.tokenizer.encode(Path(s.ptx_data).read_text(encoding="utf-8"), allowed_special=())
+            T = min(512, model.config.context_length, len(ids) - 1)
+            if T < 1:
+                raise ValueError(f"{s.ptx_data} holds {len(ids)} tokens: none to predict")
+            task.texts = pack([(ids, [1] * len(ids))], T, apart=False)
     else:
         _, model, task = pupil_task(s)
     check_start(model, task, s)
@@ -1720,6 +1750,8 @@ FLAGS = {
     "--clip_low": dict(type=float, help="the ratio may fall by this much"),
     "--clip_high": dict(type=float, help="the ratio may rise by this much"),
     "--kl_beta": dict(type=float, help="weight of the KL to the start"),
+    "--ptx": dict(type=float, help="weight of - ln p of ordinary text (PPO-ptx)"),
+    "--ptx_data": dict(metavar="FILE", help="that text; on sums it is the base's"),
     "--prompts": dict(type=int, help="problems a rollout"),
     "--group_size": dict(type=int, help="answers to each problem"),
     "--minibatches": dict(type=int, help="optimizer steps a pass over a rollout; above 1 is off-policy"),
@@ -1741,8 +1773,8 @@ ANY = dict(seed=0, device="auto", threads=0)
 FILES = dict(data=None, init=None, tokenizer=None, prompt=None)
 ANSWERS = dict(max_new_tokens=5, min_new_tokens=0)
 PUPIL = dict(base_steps=600, sft_steps=300, demos=0, **ANSWERS)
-ROLLOUTS = dict(clip_low=0.2, clip_high=0.2, kl_beta=0.0, lr=2e-4, prompts=64, group_size=16, epochs=1,
-                minibatches=1, micro_batch=0, temperature=1.0, eval_every=10)
+ROLLOUTS = dict(clip_low=0.2, clip_high=0.2, kl_beta=0.0, ptx=0.0, lr=2e-4, prompts=64, group_size=16,
+                epochs=1, minibatches=1, micro_batch=0, temperature=1.0, eval_every=10)
 POLICY = dict(algo="grpo", **ALGORITHMS["grpo"], **ROLLOUTS, steps=40, tokens=0, min_start=0.25)
 PAIRS = dict(**PUPIL, tokens=120_000, batch_size=128, micro_batch=0)
 DPO = dict(beta=[0.1], kind="dpo", nll=0.0, steps=100, out="out/dpo")
@@ -1753,7 +1785,7 @@ COMMANDS = {  # name: (function, flags and defaults on the pupil's sums, the sam
     "sft": (run_sft, {**ANSWERS, "sft_steps": 1000},
             {**FILES, "steps": 0, "lr": 1e-4, "epochs": 2, "batch_size": 16, "micro_batch": 0, "pack": False,
              "out": "out/chat"}, "imitate conversations"),
-    "rm": (run_rm, {**PAIRS, "steps": 200, "lr": 3e-4, "out": "out/rm"},
+    "rm": (run_rm, {**PAIRS, "tokens": 400_000, "steps": 400, "lr": 1e-3, "out": "out/rm"},
            {**FILES, "steps": 200, "lr": 1e-5, "batch_size": 64, "micro_batch": 8, "out": "out/rm"},
            "preferences -> a reward model"),
     "dpo": (run_dpo, {**PAIRS, **DPO, "lr": 1e-4},
@@ -1762,7 +1794,7 @@ COMMANDS = {  # name: (function, flags and defaults on the pupil's sums, the sam
     "grpo": (run_grpo, {**PUPIL, **POLICY, "out": "out/grpo"},
              {**FILES, **POLICY, "lr": 1e-5, "prompts": 32, "group_size": 8, "steps": 200, "micro_batch": 8,
               "max_new_tokens": 256, "min_new_tokens": 4, "min_start": 0.0, "reward": "r1_zero",
-              "reward_model": None, "out": "out/grpo"}, "reinforcement, with any --algo"),
+              "reward_model": None, "ptx_data": None, "out": "out/grpo"}, "reinforcement, with any --algo"),
     "eval": (run_eval, {}, {**FILES, "task": "gsm8k", "samples": 1, "temperature": 0.0, "shots": 0,
                             "shots_data": None, "limit": 0, "judge": None, "max_new_tokens": 256,
                             "min_new_tokens": 0, "out": "out/eval"}, "measure a checkpoint")}
@@ -1788,8 +1820,8 @@ def parse_args(argv=None):
     given = vars(parser.parse_args(argv))
     run, sums, data, _ = COMMANDS[given["command"]]
     flags = {**ANY, **(data if "data" in given or not sums else sums)}
-    if given.get("demos"):                                 # a weak start: more rollouts
-        flags.update(sft_steps=500, **{"steps": 500} if "algo" in flags else {})
+    if given.get("demos"):                                 # a weak start: more rollouts, larger steps
+        flags.update(sft_steps=500, **{"steps": 500, "lr": 3e-4} if "algo" in flags else {})
     chosen = {**flags, **ALGORITHMS.get(given.get("algo"), {}), **given}
     s = argparse.Namespace(**{"data": None, **chosen, "run": run})
     try:
@@ -1829,6 +1861,8 @@ def check(s):
              f"--samples {f['samples']} would all be the same: give --temperature 1, too"),
             (of_files and not f["data"], f"{s.command} needs --data, too: a file"),
             (of_files and not f["init"], f"{s.command} needs --init, too: a checkpoint to start from"),
+            (s.data and (f["ptx"] > 0) != bool(f["ptx_data"]),
+             f"--ptx {f['ptx']} with --ptx_data {f['ptx_data']}: give both or none"),
             (f["shots"] and f["task"] in {"ifeval", *JUDGED},
              f"--task {f['task']} has no solved examples to show: drop --shots"),
             ((f["task"] in JUDGED) != bool(f["judge"]),

@@ -17,6 +17,7 @@ import model as M  # noqa: E402
 import align as A  # noqa: E402
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 torch.set_num_threads(1)
 close = torch.testing.assert_close
@@ -76,6 +77,10 @@ def test_an_end_that_is_text():
     assert first.finished and first.ids == plain[0].ids[:len(first.ids)] and len(first.ids) <= 6
     assert letters.decode(first.ids).endswith(end) and letters.decode(first.ids).count(end) == 1
     assert second.ids == plain[1].ids[:len(second.ids)]
+    s = A.argparse.Namespace(max_new_tokens=12, min_new_tokens=0)
+    task = A.Task(letters, None, lambda p: prompts[0], [], set(), [], [], lambda r, t: 1, end)
+    answer = task.answer(model, [A.Problem("q")], s, 0.0)[0]
+    assert answer.ids == first.ids and answer.text + end == letters.decode(first.ids)      # the end is cut off
 
 
 def test_sampling_draws_from_the_model():
@@ -84,6 +89,10 @@ def test_sampling_draws_from_the_model():
     drawn = A.sample(model, [[1, 2]] * 20000, 1, generator=torch.Generator().manual_seed(1))
     share = torch.bincount(T_([a.ids[0] for a in drawn]), minlength=5) / 20000
     assert ((share - p).abs() < 5 * (p * (1 - p) / 20000).sqrt()).all()  # five sigma
+    nats = -T_([a.log_probs[0] for a in drawn])            # their mean is the entropy in the log
+    exact = A.get_response_log_probs(model, T_([[1, 2]]), T_([[2, 3]]), True)["token_entropy"][0, -1]
+    close(exact.double(), -(p * p.log()).sum(), atol=1e-6, rtol=0)
+    assert abs(nats.mean() - exact) < 5 * nats.std() / 20000**0.5
 
 
 def test_gae_is_the_double_sum():
@@ -427,7 +436,29 @@ def test_on_policy_start(toy):
     for kind, micro in (("clip", 16), ("clip", 3), ("gspo", 5), ("ratio", 16)):
         for g, wanted in zip(gradient(kind, micro), reference):
             close(g, wanted, atol=1e-6, rtol=1e-4)
+    a[:5] = 0                                              # update leaves these out, and takes the same step
+    reference, rl.optimizer.step = gradient("clip", 16), lambda: 0.0
     model.zero_grad()
+    rl.micro_step, seen = (lambda *args: seen.append(len(args[2])) or A.RL.micro_step(rl, *args)), []
+    rl.update(b, a)
+    assert sum(seen) == int((a != 0).sum()) <= 11
+    for p, wanted in zip(model.parameters(), reference):
+        close(p.grad, wanted, atol=1e-6, rtol=1e-4)
+    model.zero_grad()
+
+
+def test_the_pretraining_mix_is_a_mean_over_its_tokens(toy):
+    texts = [([1, 2, 3, 4], [1] * 4), ([5, 6], [1] * 2)]
+    model, task = A.copy.deepcopy(toy[0]), A.replace(toy[1], texts=texts)
+    rl = A.RL(model, task, A.parse_args("grpo --ptx 0.3 --prompts 2 --group_size 2 --micro_batch 1".split()))
+    rl.optimizer.step = lambda: 0.0
+    rl.update(rl.collect(), torch.zeros(4, 1))             # rewards say nothing: what is left is the text
+    found = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    nats = [F.cross_entropy(model(T_([ids]))[0, :-1], T_(ids[1:]), reduction="sum") for ids, _ in texts]
+    (0.3 * sum(nats) / 4).backward()
+    for g, p in zip(found, model.parameters()):
+        close(g, p.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_equal_rewards_teach_nothing_without_kl_and_pull_back_with_it(toy):
@@ -488,6 +519,25 @@ def test_dpo_raises_held_out_pairs_and_strays_further_as_beta_falls():
             drift.append((A.sequence_log_probs(model, p, r) - A.sequence_log_probs(start, p, r)).mean().item())
     assert 0 < drift[0] < drift[1]
     assert A.dpo_accuracy(start, start, held_out)[0] == 0
+
+
+def test_dpo_can_rank_pairs_right_and_answer_worse():
+    """Sums of two digits, imitated from a pupil who is right three times in five. DPO lowers right and wrong
+    answers alike, and a third takes their place; with the right ones' ln p in the loss, they rise."""
+    prompts = [[10, a, 11, b, 12] for a in range(10) for b in range(10)]
+    right = [[(p[1] + p[3]) // 10, (p[1] + p[3]) % 10, 13] for p in prompts]
+    wrong = [[r[0], (r[1] + 9) % 10, 13] for r in right]
+    start = make_model(dtype=torch.float32, vocab_size=14, context_length=16, position="learned", init="gpt2")
+    A.sft(start, [A.as_example(p, x) for p, r, w in zip(prompts, right, wrong) for x in (r, r, r, w, w)], 80, 5e-3)
+    pairs, result = list(zip(prompts, right, wrong)), []
+    for nll in (None, 0.0, 1.0):
+        model = A.copy.deepcopy(start)
+        if nll is not None:
+            A.train_dpo(model, pairs, 40, 3e-4, 0.1, nll=nll, batch_size=32)
+        answers = A.sample(model, prompts, 3, 0.0, {13})
+        result.append((sum(a.ids == r for a, r in zip(answers, right)), *A.dpo_accuracy(model, start, pairs)))
+    (before, _, chosen), (alone, ranked, fallen), (mended, _, risen) = result
+    assert ranked > 0.85 and alone < before - 10 and mended > before and fallen < chosen - 0.5 < chosen < risen, result
 
 
 def test_judge_is_fair_between_equals():
@@ -586,6 +636,10 @@ def test_a_run_measures_kl_on_its_own_samples_and_stops_by_tokens(toy):
     shown = [f["step"] for f in history if "kl" in f]
     assert shown == [1, *range(2, len(history), 2), len(history)] == [r["step"] for r in records]
     assert abs(history[0]["kl"]) < 1e-7 < history[-1]["kl"] and len(records[0]["samples"]) == 4
+    for f in history:
+        right, wrong = f["length_right"], f["length_wrong"]
+        assert f["length"] == pytest.approx(right * f["reward"] + wrong * (1 - f["reward"]), abs=1e-4)
+        assert 0 < f["entropy"] < math.log(model.config.vocab_size) + 0.5
 
 
 def test_a_model_that_diverged_is_one_line(toy):
@@ -657,6 +711,8 @@ def test_instructions_a_program_can_check():
     for name, kw, good, bad in cases:
         assert check(good, name, **kw) == 1 and check(bad, name, **kw) == 0 == check(" ", name, **kw), name
     assert check("x", "some:unknown_one") == 0
+    began = time.process_time()                            # dots without end: no quadratic search
+    assert check("." * 20_000 + "x", cases[1][0], **cases[1][1]) == 1 and time.process_time() - began < 0.1
 
 
 # --- 5. files and the command line --------------------------------------------------------------------------
@@ -706,6 +762,12 @@ def test_sft_answers_in_the_taught_format(chat, capsys):
         assert code == 0 and "nats a token" in out and ("see one another" in out) == note, err
 
 
+def test_prompts_by_name(chat):
+    for name, end in (("zero_shot", "# Query:"), ("r1_zero", "</answer>"), ("alpaca", ""), ("none", "")):
+        _, task = A.load_task(A.parse_args(f"eval --data x --init {chat} --prompt {name}".split()))
+        assert task.stop_text == end and "why <|end|>?" in task.tokenizer.decode(task.ask("why <|end|>?"))
+
+
 def test_preferences_and_reinforcement_from_files(chat, tmp_path, capsys):
     pairs = write_lines(tmp_path / "pairs.jsonl", *[{"prompt": f"say {c}", "chosen": c * 3, "rejected": c}
                                                     for c in "abcdefgh" * 5])
@@ -716,7 +778,7 @@ def test_preferences_and_reinforcement_from_files(chat, tmp_path, capsys):
     assert code == 0 and "ranked right" in out
     problems = write_lines(tmp_path / "p.jsonl", *[{"question": f"say {c}", "answer": c} for c in "abcdefgh" * 3],
                            {"question": "x" * 500, "answer": "too long"})
-    for more in (["--reward", "boxed"], ["--reward_model", tmp_path / "r/reward_model.pt", "--algo", "ppo"]):
+    for more in (["--reward", "boxed", "--ptx", 0.5, "--ptx_data", pairs], ["--reward_model", tmp_path / "r/reward_model.pt", "--algo", "ppo"]):
         code, out, err = run(capsys, "grpo", "--data", problems, "--init", chat, "--out", tmp_path / "g", "--steps", 2,
                              "--prompts", 2, "--group_size", 2, "--max_new_tokens", 8, *more)
         assert code == 0 and "left out 1 of 25 prompts" in err
@@ -828,6 +890,7 @@ def test_eval_resumes(chat, tmp_path, capsys):
     ("eval --task gsm8k --data CHAT --init CHAT", "holds no"), ("grpo --data GSM --init BASE --prompt chat", "chat template"),
     ("grpo --data GSM --init CHAT --prompt nofile", "nofile"), ("grpo --data GSM --init CHAT --max_new_tokens 5000", "shorter"),
     ("grpo --data GSM --init CHAT --max_new_tokens 5 --min_start 0.9 --steps 1", "min_start"),
+    ("grpo --data GSM --init CHAT --ptx 1", "--ptx_data"), ("grpo --ptx_data GSM", "--ptx_data changes nothing"),
     ("sft --data GSM --init CHAT", "ChatExample")])
 def test_mistakes_are_one_line(argv, needle, chat, base, tmp_path, capsys):
     gsm = write_lines(tmp_path / "g.jsonl", *[{"question": f"q{i}", "answer": "1"} for i in range(20)])
@@ -845,6 +908,8 @@ def test_the_docstring_tells_the_truth():
     assert len(commands) >= 7
     for line in commands:
         A.parse_args(shlex.split(line))
+    s = A.parse_args("grpo --demos 300 --steps 7".split())
+    assert (s.lr, s.steps, s.sft_steps, s.advantage) == (3e-4, 7, 500, "group_std")
     sections = re.findall(r"^# --- (\d+)\. ", (ROOT / "align.py").read_text(), re.M)
     assert sections == [str(i + 1) for i in range(len(sections))]
     assert f" {sections[-1]} command line" in A.__doc__
