@@ -1376,7 +1376,7 @@ def run_demo(s):
     M.table("Five sums with a carry", ["sum", "SFT", "GRPO", "right"],
             [[p.prompt, a.text, b.text, p.answer] for p, a, b in zip(carries, before, after)])
     print(f"\nsaved {save_chat(s.out, model, task)}")
-    plot_runs(os.path.join(s.out, "align.png"), {"GRPO": history})
+    plot_runs(os.path.join(s.out, "align.png"), {"GRPO": [history]})
     print(f"GRPO took {seconds:.0f} s, everything {time.perf_counter() - began:.0f} s")
 
 
@@ -1404,7 +1404,7 @@ def run_compare(s):
             c = argparse.Namespace(**{**vars(s), **ALGORITHMS[flags.get("algo", "grpo")], **flags,
                                       "seed": seed, "steps": math.inf})
             history = RL(copy.deepcopy(start), task, c).run(log=lambda *_, **__: None)
-            curves.setdefault(label, history)              # the first seed's
+            curves.setdefault(label, []).append(history)
             last, seconds = history[-1], time.perf_counter() - began
             note(label, seed, last["held_out"], f"| kl {last['kl']:6.3f} | {seconds:3.0f} s")
         pairs = verifier_pairs(start, task, c)
@@ -1439,20 +1439,23 @@ def verifier_pairs(model, task, s, group_size=16):
 
 
 def plot_runs(path, runs):
-    """{label: history}: held-out accuracy, and the distance from the start, over generated tokens."""
+    """{label: histories, one a seed}: accuracy and distance from the start over generated tokens, means."""
     plt = M.pyplot()
     if plt is None:
         return
+
+    def draw(ax, histories, key, label):
+        points = zip(*([(f["tokens"] / 1000, f[key]) for f in h if key in f] for h in histories))
+        ax.plot(*torch.tensor(list(points)).mean(1).unbind(-1), label=label)                 # (points,seeds,2)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4))
-    for label, history in runs.items():
-        for ax, key in zip(axes, ("held_out", "kl")):
-            shown = [f for f in history if key in f]
-            ax.plot([f["tokens"] for f in shown], [f[key] for f in shown], label=label)
-        if len(runs) == 1:
-            axes[0].plot([f["tokens"] for f in history], [f["reward"] for f in history], label="reward")
-    axes[0].set(xlabel="generated tokens", ylabel="greedy, problems never shown")
-    axes[1].set(xlabel="generated tokens", ylabel="KL to the start, nats a token")
-    axes[0].legend(fontsize=8)
+    for label, histories in runs.items():
+        draw(axes[0], histories, "held_out", label)
+        draw(axes[1], histories, "kl", label)
+    if len(runs) == 1:
+        draw(axes[0], histories, "reward", "reward")
+    axes[0].set(xlabel="generated tokens, thousands", ylabel="greedy, problems never shown")
+    axes[1].set(xlabel="generated tokens, thousands", ylabel="KL to the start, nats a token")
+    axes[0].legend(fontsize=7)
     fig.tight_layout()
     fig.savefig(path, dpi=120)
     print(f"saved {path}")
@@ -1649,7 +1652,7 @@ def run_grpo(s):
             save_chat(s.out, model, task)
             raise
     print(f"saved {s.out}/checkpoint.pt and log.jsonl")
-    plot_runs(os.path.join(s.out, "grpo.png"), {s.algo: history})
+    plot_runs(os.path.join(s.out, "grpo.png"), {s.algo: [history]})
 
 
 def load_items(s):

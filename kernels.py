@@ -266,13 +266,14 @@ def swiglu(a, b):
 # A row that fits in registers is read once, whatever is computed from it. A program takes one row, or several
 # short ones, so that it always has some 4096 elements: enough loads in flight to hide the latency of memory.
 
-def by_rows(kernel, x, *args, programs=None, widest=16384):
-    """Run a kernel whose last arguments are M, N (rows, columns), ROWS, BLOCK (the tile of one program)."""
+def by_rows(kernel, x, *args, programs=None, widest=16384, per_warp=1024):
+    """Run a kernel whose last arguments are M, N (rows, columns), ROWS, BLOCK (the tile of one program).
+    per_warp: elements; each of them is kept in a register or two."""
     M_, N = x.numel() // x.shape[-1], x.shape[-1]
     block = min(widest, triton.next_power_of_2(N))         # a block's sides are powers of two
     rows = max(1, 4096 // block)
     kernel[(programs or triton.cdiv(M_, rows),)](*args, M_, N, rows, block,
-                                                 num_warps=min(16, max(4, rows * block // 1024)))
+                                                 num_warps=max(4, rows * block // per_warp))
 
 
 @triton.jit
@@ -452,7 +453,8 @@ class RMSNorm(torch.autograd.Function):
         h, w, rstd = ctx.saved_tensors
         dy, dh = dy.contiguous(), dh.contiguous() if ctx.add else dy
         dx, dw = torch.empty_like(h), partial_sums(h)
-        by_rows(rmsnorm_backward_kernel, h, dy, dh, h, w, rstd, dx, dw, ctx.add, programs=len(dw))
+        by_rows(rmsnorm_backward_kernel, h, dy, dh, h, w, rstd, dx, dw, ctx.add, programs=len(dw),
+                per_warp=512 if ctx.add else 1024)         # or it would spill
         return dx, dx if ctx.add else None, dw.sum(0).to(w.dtype), None
 
 
@@ -884,7 +886,9 @@ def flash_tiles(x):
     elif H <= 64:
         tiles = (128, 128, 8, 3), (128, 128, 8, 3), (64, 128, 8, 3)
     elif H <= 128:
-        tiles = (128, 64, 8, 3), (128, 64, 8, 3), (64 if H == 128 else 32, 128, 8, 2)      # a padded H: masks
+        tiles = (128, 64, 8, 3), (128, 64, 8, 3), (64, 128, 8, 2)
+        if H < 128 or x.shape[1] == 1:                     # a padded H: masks; one query: other code
+            tiles = *tiles[:2], (32, 128, 8, 2)
     else:
         tiles = (64, 64, 8, 2), (64, 64, 8, 2), (16, 64, 8, 2)
     return [dict(zip(("BQ", "BK", "num_warps", "num_stages"), t)) for t in tiles]

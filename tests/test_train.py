@@ -686,7 +686,7 @@ def test_kill_9_at_any_moment_loses_nothing(data, tmp_path):
     out, rng, kills = tmp_path / "killed", random.Random(0), 0
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", __name__])
-    plans = [(1, 0.5), (3, 0.0), (2, 0.99), (2, 1.0), *[None] * 40]
+    plans = [(1, 0.5), (3, 0.0), (2, 0.99), (2, 1.0), (1, 0.3), (2, 0.7), *[None] * 40]
     for plan in plans:
         argv = ["--resume"] if (out / "checkpoint.pt").exists() else list(flags)
         argv += ["--out", str(out)]
