@@ -901,7 +901,8 @@ class RL:
     def __init__(self, model, task, s):
         self.model, self.task, self.s, self.device = model.eval(), task, s, model.head.weight.device
         self.generator = torch.Generator(self.device).manual_seed(s.seed)
-        self.optimizer = Optimizer(model.parameters(), s.lr)
+        total = 0 if s.final_lr == 1 else s.steps * s.epochs * s.minibatches
+        self.optimizer = Optimizer(model.parameters(), s.lr, total, s.final_lr)
         self.reference = copy.deepcopy(model).requires_grad_(False)          # the KL is measured to the start
         self.problems, self.generated = batches(task.train, s.prompts, random.Random(s.seed)), 0
         self.texts = batches(task.texts, s.prompts, random.Random(s.seed))
@@ -1402,7 +1403,7 @@ def run_compare(s):
         for label, flags in COMPARED:
             began = time.perf_counter()
             c = argparse.Namespace(**{**vars(s), **ALGORITHMS[flags.get("algo", "grpo")], **flags,
-                                      "seed": seed, "steps": math.inf})
+                                      "seed": seed, "steps": math.inf, "final_lr": 1.0})
             history = RL(copy.deepcopy(start), task, c).run(log=lambda *_, **__: None)
             curves.setdefault(label, []).append(history)
             last, seconds = history[-1], time.perf_counter() - began
@@ -1446,7 +1447,7 @@ def plot_runs(path, runs):
 
     def draw(ax, histories, key, label):
         points = zip(*([(f["tokens"] / 1000, f[key]) for f in h if key in f] for h in histories))
-        ax.plot(*torch.tensor(list(points)).mean(1).unbind(-1), label=label)                 # (points,seeds,2)
+        ax.plot(*torch.tensor(list(points)).mean(1).unbind(-1), label=label)     # of (points,seeds,2)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4))
     for label, histories in runs.items():
         draw(axes[0], histories, "held_out", label)
@@ -1753,6 +1754,7 @@ FLAGS = {
     "--clip_low": dict(type=float, help="the ratio may fall by this much"),
     "--clip_high": dict(type=float, help="the ratio may rise by this much"),
     "--kl_beta": dict(type=float, help="weight of the KL to the start"),
+    "--final_lr": dict(type=float, help="share of the rate that is left at the last of --steps"),
     "--ptx": dict(type=float, help="weight of - ln p of ordinary text (PPO-ptx)"),
     "--ptx_data": dict(metavar="FILE", help="that text; on sums it is the base's"),
     "--prompts": dict(type=int, help="problems a rollout"),
@@ -1778,7 +1780,7 @@ ANSWERS = dict(max_new_tokens=5, min_new_tokens=0)
 PUPIL = dict(base_steps=600, sft_steps=300, demos=0, **ANSWERS)
 ROLLOUTS = dict(clip_low=0.2, clip_high=0.2, kl_beta=0.0, ptx=0.0, lr=2e-4, prompts=64, group_size=16,
                 epochs=1, minibatches=1, micro_batch=0, temperature=1.0, eval_every=10)
-POLICY = dict(algo="grpo", **ALGORITHMS["grpo"], **ROLLOUTS, steps=40, tokens=0, min_start=0.25)
+POLICY = dict(algo="grpo", **ALGORITHMS["grpo"], **ROLLOUTS, steps=40, tokens=0, final_lr=1.0, min_start=0.25)
 PAIRS = dict(**PUPIL, tokens=120_000, batch_size=128, micro_batch=0)
 DPO = dict(beta=[0.1], kind="dpo", nll=0.0, steps=100, out="out/dpo")
 COMMANDS = {  # name: (function, flags and defaults on the pupil's sums, the same with --data, what it does)
@@ -1824,7 +1826,7 @@ def parse_args(argv=None):
     run, sums, data, _ = COMMANDS[given["command"]]
     flags = {**ANY, **(data if "data" in given or not sums else sums)}
     if given.get("demos"):                                 # a weak start: more rollouts, larger steps
-        flags.update(sft_steps=500, **{"steps": 500, "lr": 3e-4} if "algo" in flags else {})
+        flags.update(sft_steps=500, **{"steps": 500, "lr": 3e-4, "final_lr": 0.1} if "algo" in flags else {})
     chosen = {**flags, **ALGORITHMS.get(given.get("algo"), {}), **given}
     s = argparse.Namespace(**{"data": None, **chosen, "run": run})
     try:
