@@ -1,23 +1,23 @@
 """zero.py - lectures 7-8: many devices, each holding a part of the model.
 
-What   N processes (ranks) train one model of which none holds all. ZeRO and FSDP keep it in N slices and
-       bring together what a layer needs just before it computes. Tensor parallelism splits every matrix and
-       moves activations instead; a pipeline gives each rank some layers, expert parallelism some experts. All
-       of them compute what one process computes: the table below says how nearly.
+What   N processes (ranks) train one model; none holds all weights, gradients and optimizer state. ZeRO cuts
+       these into N slices; where weights are cut too (FSDP), those of a layer meet just before it computes.
+       Tensor parallelism splits every matrix and sends activations; a pipeline gives each rank some layers,
+       expert parallelism some experts. The results are those of one process: the table says how nearly.
 Why    AdamW in fp32 needs 16 bytes a parameter: 108 GB for 7B, on devices of 80 GB. In data parallelism every
        rank holds all of it, though it needs only a part at a time. What is not held must be sent. This file
        predicts both for each layout, bytes held and bytes sent, and counts them on the running program.
 
-Equations (n parameters, N ranks, t tensor ranks, p stages, m micro-batches, C FLOP/s, W bytes/s)
-       bytes held     stage 0  4n + 4n + 8n        weights, gradients, AdamW's two averages
+Equations (n parameters, N ranks, t tensor ranks, p pipeline stages, m micro-batches, b tokens a rank)
+       bytes held     stage 0  4n + 4n + 8n        data parallel: weights, gradients, AdamW's two averages
                       stage 1  4n + 4n + 8n/N      ZeRO-1: optimizer state in slices
                       stage 2  4n + 4n/N + 8n/N    ZeRO-2: gradients too
                       stage 3  16n/N               ZeRO-3 or FSDP: weights too
-       bytes sent     stage 0  2 (N-1)/N 4n = stage 1 = stage 2;      stage 3  3 (N-1)/N 4n
-                      tensor   4 all-reduces of (B,T,D) a layer;       pipeline  (B,T,D) there and back a cut
-       y = x W^T      by rows of W: [x A^T | x B^T];   by columns, of x too: x1 A^T + x2 B^T, a sum over ranks
-       bubble         (p-1)/(m+p-1) of a pipeline's step
-       FSDP hides     6 n b / C >= 3 * 2n / W:  from b = C/W tokens a rank on;  x tensor: from C/(W t) on
+       bytes sent     stages 0, 1, 2  2 (N-1)/N 4n;    stage 3  3 (N-1)/N 4n       (2 and 3: if m = 1)
+                      tensor   4 all-reduces of (B,T,D) a layer;    pipeline  (B,T,D) each way between stages
+       y = x W^T      by rows, W = [A; B]: [x A^T | x B^T];   by columns, [A | B]: x1 A^T + x2 B^T, a sum
+       bubble         (p-1)/(m+p-1) of a step: the time in which a stage of a pipeline has nothing to do
+       FSDP hides     6nb / (speed FLOP/s) >= 3 * 2n / (far bytes/s): b >= speed/far;  x tensor: speed/(far t)
 
 Run    python zero.py                                                 # the lecture: two local ranks
        python zero.py --steps 200 --stage 3                           # train on two local ranks
@@ -78,25 +78,26 @@ import torch.nn.functional as F
 from torch.profiler import profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# N ranks in a group, r this one. Other letters as in model.py. "Bytes sent" are what one rank sends.
+# N ranks in a group (not heads), r this one; other letters as in model.py. A collective is a call that all of
+# them make together. Bytes sent: by one rank, on the ring of ddp.py: in one round, (N-1)/N of the tensor.
 
 
 # --- 1. what moves: three collectives, a counter, and the baseline ------------------------------------------
 
 def all_gather(whole, mine, group=None, async_op=False):
-    """whole (N*n) <- every rank's mine (n); `mine` may be this rank's slice of `whole`. Sends (N-1) n."""
+    """whole (N*s) <- mine (s) of all ranks; `mine` may be this rank's slice of `whole`. Sends (N-1) s."""
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed it
     return gather(whole, mine, group=group, async_op=async_op)
 
 
 def reduce_scatter(mine, whole, group=None):
-    """mine (n) <- the sum over ranks of slice r of `whole` (N*n). Sends (N-1) n.
+    """mine (s) <- the sum over ranks of slice r of `whole` (N*s). Sends (N-1) s.
     Starts it, and returns the function that waits for the result."""
     if whole.is_cuda:
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         return scatter(mine, whole, group=group, async_op=True).wait
-    # gloo's own took longer than its all-reduce, of twice the bytes (8 MB, two ranks: 16 and 9 ms). Here the
-    # slices travel to their owners, who add them up in the order of the ranks: the same sum in every run.
+    # gloo's own, on CPUs, took longer than its all-reduce of twice the bytes (8 MB, two ranks: 16 and 9 ms).
+    # Here slices travel to their owners, who add them up in the order of ranks: the same sum in every run.
     arrived = torch.empty_like(whole)
     work = dist.all_to_all_single(arrived, whole, group=group, async_op=True)
 
@@ -118,7 +119,7 @@ def all_reduce_mean(tensors, group=None):
 
 class CountBytes(TorchDispatchMode):
     """with CountBytes() as sent: ...  Then sent.total is what this rank sent, in bytes, an exact fraction.
-    Sees each collective on its way to the backend, and takes what the ring algorithm sends for it."""
+    Sees each collective on its way to the backend, and adds `rounds` times (N-1)/N of its whole tensor."""
     total = 0
     rounds = {"allreduce": 2, "allgather_base": 1, "reduce_scatter_base": 1, "alltoall_base": 1}
 
@@ -143,11 +144,11 @@ class CountBytes(TorchDispatchMode):
 
 class DataParallel:
     """Stage 0, the baseline (ddp.py does it well): whole weights, gradients averaged after backward. `alone`:
-    parameters that other ranks do not have (experts). Every stage below has what this one has:
+    parameters that other ranks do not have (experts). Every stage below has these, too:
 
-    finish_gradient_synchronization()   after backward; every_backward: after that of each micro-batch
-    pieces   (parameter, first, piece): this rank updates numbers first, first+1, ... of the parameter
-    copies   those parameters that all ranks of the group hold, and update, whole
+    finish_gradient_synchronization()   call it after the last micro-batch's backward; every_backward: each's
+    pieces   (parameter, first, piece): this rank updates `piece`, numbers first, first+1, ... of parameter
+    copies   those parameters that every rank of the group updates, whole
     """
     every_backward = False
 
@@ -177,16 +178,16 @@ class Flat:
         self.dtype, self.device = self.tensors[0].dtype, self.tensors[0].device
         sizes = [t.numel() for t in self.tensors]
         self.size = -(-sum(sizes) // self.N)               # of a slice, rounded up
-        self.offsets = [0, *itertools.accumulate(sizes)][:-1]
+        self.offsets = [0, *itertools.accumulate(sizes)][:-1]                # where each tensor begins
         if whole:                                          # the largest first, each to the emptiest rank
-            load, place = [0] * self.N, {}
+            load, place = [0] * self.N, {}                 # place {tensor: (rank, where in its slice)}
             for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
                 r = load.index(min(load))
                 place[i] = r, load[r]
                 load[r] += sizes[i]
             self.size = max(load)
             self.offsets = [place[i][0] * self.size + place[i][1] for i in range(len(sizes))]
-        self.pieces, self.mean = [], None                  # the stages fill them in; my slice's mean gradient
+        self.pieces, self.mean = [], None                  # see DataParallel; this slice's mean gradient
 
     def buffer(self, dtype=None):
         """Uninitialised: nobody uses what comes of the padding."""
@@ -200,8 +201,8 @@ class Flat:
         return buffer[self.rank * self.size:][:self.size]
 
     def parts(self, mine):
-        """(first, part) a tensor: its numbers first, first+1, ... are what this rank's slice holds of it,
-        none perhaps. A whole tensor keeps its shape."""
+        """For each tensor (first, part): part is what this rank's slice `mine` holds of it, numbers first,
+        first+1, ... of the tensor, perhaps none. A whole tensor keeps its shape."""
         begin, found = self.rank * self.size, []
         for offset, t in zip(self.offsets, self.tensors):
             low, high = max(offset, begin), min(offset + t.numel(), begin + self.size)
@@ -234,7 +235,7 @@ class Flat:
         return finish
 
     def take(self, mean):
-        """Add a mean gradient to .grad of this rank's pieces, which are views of it."""
+        """Add `mean`, of this rank's slice, to .grad of its pieces: views of one buffer, self.mean."""
         cleared = all(piece.grad is None for _, _, piece in self.pieces)
         self.mean = mean if cleared else self.mean.add_(mean)
         for (_, _, piece), (_, part) in zip(self.pieces, self.parts(self.mean)):
@@ -242,8 +243,8 @@ class Flat:
 
 
 class Reducer:
-    """Hooks by which gradients travel while backward computes: as soon as all those of a buffer are there,
-    they start for their owners, and are freed. Two buffers at most are under way."""
+    """Gradients travel while backward computes: a hook takes each parameter off `missing`, and a buffer that
+    misses none sends its gradients to their owners and frees them. At most two buffers are `flying`."""
     def __init__(self):
         self.flying = []
 
@@ -262,7 +263,7 @@ class Reducer:
         flat.missing = {p for p in flat.tensors if p.requires_grad}
         for p in flat.tensors:
             p.grad = None
-        self.land(all_but=1)
+        self.land(all_but=1)                               # wait for the buffer before this one
 
     def land(self, all_but=0):
         while len(self.flying) > all_but:
@@ -272,7 +273,7 @@ class Reducer:
     def finish(self, flats):
         for flat in flats:
             if any(p.grad is not None for p in flat.tensors):
-                self.send(flat)                            # one that took no part kept the others back
+                self.send(flat)                            # a parameter without a gradient kept it back
         self.land()
 
 
@@ -293,7 +294,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params, optimizer_cls, group=None, whole=False, **settings):
         self.optimizer_cls, self.process_group, self.whole = optimizer_cls, group, whole
-        self.inner, self.buckets, self.reducer = None, [], Reducer()
+        self.inner, self.buckets, self.reducer = None, [], Reducer()         # inner: updates the pieces
         super().__init__(params, settings)                 # calls add_param_group for every group
 
     def add_param_group(self, param_group):
@@ -301,7 +302,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         new = [self.attach(tensors) for tensors in self.bucketed(group["params"])]
         for p in group["params"]:
-            if not p.requires_grad:                        # the rest starts the same on all ranks by attach()
+            if not p.requires_grad:                        # attach() makes the others equal on all ranks
                 dist.broadcast(p.data, group=self.process_group, group_src=0)
         settings = dict(group, params=[x for b in new for _, _, x in b.pieces if x.numel()])
         if self.inner is None:
@@ -313,8 +314,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.buckets += new
 
     def bucketed(self, params):
-        """Trainable parameters in buckets of one kind, the last first: backward reaches those first. Whole
-        tensors share one bucket, which is easier to divide evenly."""
+        """Trainable parameters in buckets of one dtype and device, the last first: backward reaches those
+        first. Whole tensors share one bucket, which is easier to divide evenly."""
         buckets, kind, numbers = [], None, 0
         most = math.inf if self.whole else self.bucket_numbers
         for p in reversed([p for p in params if p.requires_grad]):
@@ -350,7 +351,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.give_gradients()
 
     def give_gradients(self):
-        """Each piece sees its part of its parameter's gradient, without a copy."""
+        """Each piece gets its part of its parameter's gradient, without a copy where that is contiguous."""
         for p, first, piece in self.pieces:
             piece.grad = None if p.grad is None else \
                 p.grad.reshape(-1)[first:first + piece.numel()].view_as(piece)
@@ -423,7 +424,7 @@ def put_state(optimizer, state):
 class ZeRO2(ShardedOptimizer):
     """Gradients go to their owner as soon as backward has a bucket of them, and are freed: no rank ever holds
     them all. Call finish_gradient_synchronization() after every backward pass: with m micro-batches gradients
-    travel m times, (m+1) (N-1)/N in all, the price of not keeping their sum.
+    travel m times, weights once: (m+1) (N-1)/N of their bytes, the price of not keeping the gradients' sum.
     All ranks must use the same parameters in a pass, or the collectives of two ranks would not match."""
     every_backward = True
 
@@ -444,10 +445,10 @@ class ZeRO2(ShardedOptimizer):
 class Unit(Flat):
     """The matrices of one layer: this rank's slice of them at rest, all of them while the layer computes.
 
-    The module's parameters are the slice's pieces: optimizer, clipping and checkpoints see nothing else.
-    Around the layer's forward and backward pass whole weights take their place: views into one buffer, whose
-    memory is given back in between. What autograd keeps from the forward pass are these views: in backward
-    they show the same numbers again, because the buffer is filled again.
+    At rest the module's parameters are the pieces of that slice: optimizer, clipping and checkpoints see
+    nothing else. For the layer's forward and backward pass `full` takes their place: views into the buffer
+    `whole`, whose memory is given back in between. Autograd keeps these views from the forward pass; in
+    backward they show the same numbers again, because the buffer is filled again.
     """
     def __init__(self, owners, group, compute_dtype):
         """owners: {parameter: [(module, name), ...]}, several where a weight is tied."""
@@ -461,12 +462,12 @@ class Unit(Flat):
             piece = nn.Parameter(part, t)
             self.pieces.append((piece, first, piece))
         self.places = [(i, *place) for i, places in enumerate(owners.values()) for place in places]
-        self.tensors = self.full                           # only shapes are needed now; the originals may go
-        self.work, self.here = None, True
+        self.tensors = self.full                           # whose shapes and gradients count from now on
+        self.work, self.here = None, True                  # the gather under way; has `whole` its memory?
         self.free()
 
     def gather(self):
-        """Start to bring the weights here. Cast first: bf16 halves what travels."""
+        """Start the all-gather. Cast first: bf16 halves what travels."""
         if not self.here:
             self.here = True
             self.whole.untyped_storage().resize_(self.bytes)
@@ -482,7 +483,7 @@ class Unit(Flat):
         self.whole.untyped_storage().resize_(0)
 
     def start_mean(self, grads):
-        """With all gradients there, backward needs the weights no more, unless some are frozen."""
+        """All gradients are there: backward is done with these weights. Frozen ones have none to tell by."""
         if all(f.requires_grad for f in self.full):
             self.free()
         return super().start_mean(grads)
@@ -499,7 +500,7 @@ class Unit(Flat):
 class FSDP(nn.Module):
     """ZeRO-3, or fully sharded data parallelism: rank r holds slice r of all matrices, their gradients and
     their optimizer state, 16/N bytes a parameter with AdamW. A layer's matrices are gathered while the layer
-    before it computes, and freed after it, in forward and in backward: at most two are whole.
+    before it computes (in backward, the one after) and freed after use: at most two layers are whole.
     Sends 3 (N-1)/N of the weights: gather, gather again, reduce-scatter; half as much again as ZeRO-1.
 
         model = FSDP(model)
@@ -509,8 +510,8 @@ class FSDP(nn.Module):
         optimizer.step()
     Norms and biases, a thousandth of a model, stay whole, and their gradients are averaged. compute_dtype:
     weights are cast before they travel, and autocast runs the products; master weights, gradients and steps
-    stay fp32. A layer takes a tensor first and returns one. What torch's fully_shard adds: hybrid sharding,
-    CPU offload, start on the meta device.
+    stay fp32. A layer's first argument and its result are tensors. What torch's fully_shard adds: hybrid
+    sharding, CPU offload, start on the meta device.
     """
     every_backward = True
 
@@ -522,15 +523,15 @@ class FSDP(nn.Module):
             for name, p in m.named_parameters(recurse=False):
                 owners.setdefault(p, []).append((m, name))
         layers = [(layer, [p for p in layer.parameters() if p.dim() > 1]) for layer in layers_of(module)]
-        for layer, matrices in layers:                     # listed first: a Unit replaces parameters
+        for layer, matrices in layers:                     # listed before any Unit replaces parameters
             new = {p: owners[p] for p in matrices if p not in unit_of}
             if new:
                 unit = Unit(new, group, compute_dtype)
                 self.units.append(unit)
                 unit_of.update(dict.fromkeys(new, unit))
                 self.reducer.watch(unit)
-            order += [(layer, unit) for unit in dict.fromkeys(unit_of[p] for p in matrices)]     # two: tied
-        units = [unit for _, unit in order]
+            order += [(layer, unit) for unit in dict.fromkeys(unit_of[p] for p in matrices)]  # two if tied
+        units = [unit for _, unit in order]                # as forward meets them
         for i, (layer, unit) in enumerate(order):          # its neighbours: [unit], or [] at the two ends
             self.surround(layer, unit, units[i + 1:i + 2], units[i - 1:i])
         self.copies = {p: None for p in owners if p not in unit_of}          # in order, unlike a set
@@ -549,7 +550,7 @@ class FSDP(nn.Module):
         def after(module, args, output):
             if not unit.in_backward:                       # a checkpointed layer runs again inside backward
                 unit.free()
-            if not args[0].is_floating_point():            # a look-up is no product: the stream stays fp32
+            if not args[0].is_floating_point():            # ids: an embedding. The stream stays fp32
                 output = output.to(unit.dtype)
             if output.requires_grad:                       # the layer's backward begins with its gradient
                 output.register_hook(before_backward)
@@ -613,20 +614,20 @@ class Collective(torch.autograd.Function):
 
 
 def add_up(x, group):
-    total = x.clone(memory_format=torch.contiguous_format)
+    total = x.clone(memory_format=torch.contiguous_format)                   # all_reduce works in place
     dist.all_reduce(total, group=group)
     return total
 
 
 def gather_tokens(x, group):
     """(B,T/t,D) -> (B,T,D): every rank's part of the sequence."""
-    parts = x.new_empty(dist.get_world_size(group), *x.shape)
+    parts = x.new_empty(dist.get_world_size(group), *x.shape)                # (t,B,T/t,D)
     all_gather(parts.flatten(0, 1), x.contiguous(), group)
     return parts.transpose(0, 1).flatten(1, 2)
 
 
 def scatter_tokens(x, group):
-    """(B,T,D) -> (B,T/t,D): the sum over ranks, of this rank's part of the sequence."""
+    """(B,T,D) -> (B,T/t,D): this rank's part of the sequence, summed over ranks."""
     parts = x.unflatten(1, (dist.get_world_size(group), -1)).transpose(0, 1).contiguous()        # (t,B,T/t,D)
     mine = torch.empty_like(parts[0])
     reduce_scatter(mine.view(-1), parts.view(-1), group)()
@@ -636,7 +637,7 @@ def scatter_tokens(x, group):
 def split_of(name, shape, c, part, parts):
     """Which part of a weight a rank holds: (dimension, indices along it), or None for all of it.
 
-    wqkv, w1, w3      rows ("column parallel" after x W): wqkv by whole heads, of q, k and v each
+    wqkv, w1, w3      rows ("column parallel" if W is (d_in,d_out)): wqkv by whole heads, of q, k and v each
     wo, w2            columns ("row parallel"); their biases whole, added once after the sum
     embedding, head   rows: a part of the vocabulary
     ffn.w1, w2, w3    of a mixture: whole experts
@@ -648,8 +649,8 @@ def split_of(name, shape, c, part, parts):
         dim = 1
     else:
         return None
-    N, K, H = c.num_heads, c.kv_heads, c.head_dim
-    sections = [N * H, K * H, K * H] if layer == "wqkv" else [shape[dim]]
+    heads, kv_heads, H = c.num_heads, c.kv_heads, c.head_dim
+    sections = [heads * H, kv_heads * H, kv_heads * H] if layer == "wqkv" else [shape[dim]]
     starts = itertools.accumulate(sections, initial=0)
     return dim, torch.cat([s + torch.arange(n).tensor_split(parts)[part] for s, n in zip(starts, sections)])
 
@@ -670,7 +671,7 @@ def cut_parameters(model, part, parts, fits=lambda name: True):
 
 
 class RowLinear(M.Linear):
-    """y = sum over ranks of x_r W_r^T, then the bias."""
+    """y = sum over ranks of x_r W_r^T (`leave` adds up), then the bias."""
     def forward(self, x):
         y = self.leave(F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias
@@ -702,7 +703,7 @@ def tensor_parallel(model, group, sequence=True):
     enter = lambda x: Collective.apply(x, into, out_of)
     leave = lambda x: Collective.apply(x, out_of, into)
     splits = cut_parameters(model, r, t)
-    for name, p in model.named_parameters():               # a gain or bias that sees some tokens, or heads
+    for name, p in model.named_parameters():               # unsplit gain or bias, of some tokens or heads
         if name not in splits and p.dim() == 1 and (sequence or "_norm." in name):
             p.register_hook(add)
     for block in model.blocks:
@@ -744,7 +745,7 @@ def vocabulary_parallel_loss(logits, targets, group, first):
     target = z.gather(-1, targets.clamp(0, z.shape[-1] - 1)[:, None])[:, 0] * here
     terms = torch.stack((z.exp().sum(-1), target))                           # (2,B*T) of this rank's ids
     total, target = Collective.apply(terms, functools.partial(add_up, group=group), lambda grad: grad)
-    return (total.log() - target).mean()
+    return (total.log() - target).mean()                   # the same on all ranks: no sum in backward
 
 
 # --- 6. pipeline parallelism: every rank some layers --------------------------------------------------------
@@ -753,8 +754,8 @@ def pipeline_order(kind, stage, stages, micro_batches):
     """What a stage does: a list of ("F", i) and ("B", i), micro-batch i forward and backward.
 
     gpipe  all forward, then all backward: activations of all m micro-batches wait (Huang et al. 2018)
-    1f1b   backward as soon as possible: of at most `stages` of them (Narayanan et al. 2019)
-    The bubble, time in which a stage has nothing to do, is (p-1)/(m+p-1) of the step in both.
+    1f1b   each backward as soon as it can: at most stages - stage micro-batches wait (Narayanan et al. 2019)
+    In both, a stage works in m of a step's m+p-1 turns, p = stages: the rest, (p-1)/(m+p-1), is the bubble.
     """
     m = micro_batches
     ahead = m if kind == "gpipe" else min(m, stages - 1 - stage)
@@ -771,7 +772,7 @@ class Received(nn.Module):
 
 
 class Skip(nn.Module):
-    """Stands for a layer of another stage: the others keep their numbers, and so their names."""
+    """Stands for a layer of another stage, so that this one's layers keep their numbers and names."""
     def forward(self, x, *_):
         return x
 
@@ -780,7 +781,7 @@ class Pipeline:
     """Stage s of p has L/p consecutive layers; the first also the embedding, the last also norm and head."""
     def __init__(self, model, group, back_group, kind="1f1b", token_parts=1):
         """back_group: the same ranks again. On a GPU, activations down and gradients up must not queue behind
-        one another in one communicator. token_parts: t where the stream is (B,T/t,D)."""
+        one another in one communicator. token_parts: t where the stream is (B,T/t,D), else 1."""
         self.model, self.group, self.back_group, self.kind = model, group, back_group, kind
         self.stage, self.stages, c = dist.get_rank(group), dist.get_world_size(group), model.config
         if c.num_layers < self.stages or c.tie_embeddings or c.num_experts or c.mtp or "C" in c.layers:
@@ -793,7 +794,7 @@ class Pipeline:
             model.blocks[i] = Skip()
         if not self.first:
             model.embedding, model.position = Received(), None
-            model.config = dataclasses.replace(c, position="none", dropout=0.0)      # blocks have their own
+            model.config = dataclasses.replace(c, position="none", dropout=0.0)      # done on stage 0
         if not self.last:
             model.norm, model.head = Skip(), Skip()
         self.waited = 0                                    # seconds of the last step
@@ -837,9 +838,9 @@ class Pipeline:
 # --- 7. expert parallelism: every rank some experts ---------------------------------------------------------
 
 def expert_parallel(model, group):
-    """Rank r keeps experts r E/N, ... of every mixture -> {name: split}. Visits travel to their expert and
-    back: two all-to-alls forward, two backward. The rest is data parallel; capacity and balance are those of
-    a rank's own tokens (the groups of GShard, Lepikhin et al. 2020)."""
+    """Rank r keeps experts r E/N, ... of every mixture -> {name: split}. A visit, a token's row for one of
+    its experts, travels there and back: two all-to-alls forward, two backward. The rest is data parallel;
+    capacity and balance are those of a rank's own tokens (the groups of GShard, Lepikhin et al. 2020)."""
     c, N = model.config, dist.get_world_size(group)
     if not c.num_experts or c.num_experts % N:
         raise ValueError(f"num_experts={c.num_experts} does not split over {N} ranks: "
@@ -855,7 +856,7 @@ def expert_parallel(model, group):
 
 
 def exchange(x, to, fro, group):
-    """Rows (sum(to),D) -> rows (sum(fro),D): the first to[0] go to rank 0, ...; backward, the way back."""
+    """Rows (sum(to),D), to[r] for rank r -> rows (sum(fro),D), fro[r] from rank r; backward the other way."""
     def move(x, to, fro):
         y = x.new_empty(sum(fro), x.shape[-1])
         dist.all_to_all_single(y, x.contiguous(), fro, to, group=group)
@@ -873,14 +874,14 @@ def remote_experts(moe, group, x, counts):
     expert = torch.arange(arrived.shape[1], device=x.device).repeat(len(arrived))
     order = expert.repeat_interleave(arrived.flatten()).argsort(stable=True)  # by expert, then rank
     y = M.MoE.experts(moe, rows[order], arrived.sum(0))
-    return exchange(y[order.argsort()], fro, to, group)
+    return exchange(y[order.argsort()], fro, to, group)                      # argsort: the inverse order
 
 
 # --- 8. all together: dp x pp x tp --------------------------------------------------------------------------
 
 def make_mesh(tp, pp):
-    """The ranks as a grid dp x pp x tp; tp talks most, so its ranks are neighbours, in one node.
-    -> {axis: (group, ranks in it, this rank's place)}; "back" is pp once more."""
+    """The ranks as a grid dp x pp x tp: dp replicas of the model, each on pp x tp ranks. tp talks most: its
+    ranks are neighbours, in one node. -> {axis: (group, its size, my place)}; "back" is pp once more."""
     rank, world = dist.get_rank(), dist.get_world_size()
     if world % (tp * pp):
         raise ValueError(f"{world} ranks are not a multiple of --tp {tp} x --pp {pp}")
@@ -926,7 +927,7 @@ class Trainer:
             alone = [p for n, p in model.named_parameters() if ep and is_expert(n)]
             self.sync = (FSDP(model, compute_dtype, group) if stage else
                          DataParallel(model.parameters(), group, alone))
-            self.optimizer = optimizer_cls(model.parameters(), **settings)   # FSDP's: the pieces
+            self.optimizer = optimizer_cls(model.parameters(), **settings)   # with FSDP these are pieces
         self.updater = getattr(self.optimizer, "inner", self.optimizer)      # which has the pieces' state
 
     def loss(self, ids, targets):
@@ -1218,13 +1219,13 @@ def measured_step_memory(c, stage, world, sequences):
 
 
 def predict(c, layout, N, sequences, m):
-    """(bytes of weights, gradients and optimizer state, bytes sent a step) of rank 0 by the formulas, for a
-    layout of Trainer on N ranks, m micro-batches."""
+    """(bytes of weights, gradients and optimizer state, bytes sent a step) of rank 0 by the formulas; layout:
+    Trainer's arguments. An all-gather or reduce-scatter sends `once` the whole, an all-reduce twice that."""
     with torch.device("meta"):
         params = dict(M.Transformer(c).named_parameters())
     numbers = lambda fits: sum(p.numel() for name, p in params.items() if fits(name, p))
     n, tokens, once = numbers(lambda *_: True), sequences * c.context_length, Fraction(N - 1, N)
-    stream, norm = 4 * tokens * c.d_model, 2 * once * 24   # the stream; Trainer.step's sums, three float64
+    stream, sums = 4 * tokens * c.d_model, 2 * once * 24   # (B,T,D); the three float64 of Trainer.step
     if "tp" in layout:
         # All-reduces: four of the stream a layer, one each for embedding and output matrix, three numbers a
         # token for the loss, gradients of what is not split; that of the position table is only gathered.
@@ -1233,10 +1234,10 @@ def predict(c, layout, N, sequences, m):
         if layout.get("sequence", True):
             summed = whole - Fraction(numbers(lambda name, _: name == "position.weight"), 2)
         sent = 2 * once * ((4 * c.num_layers + 2) * stream + 4 * 3 * tokens + 4 * m * summed)
-        return 16 * ((n - whole) / N + whole), norm + sent
+        return 16 * ((n - whole) / N + whole), sums + sent
     if "pp" in layout:
         later = (*(f"blocks.{i}." for i in range(-(-c.num_layers // N), c.num_layers)), "norm.", "head.")
-        return 16 * numbers(lambda name, _: not name.startswith(later)), norm + stream
+        return 16 * numbers(lambda name, _: not name.startswith(later)), sums + stream
     stage, buffers, whole = layout.get("stage", 0), [n], numbers(lambda _, p: p.dim() < 2)
     if stage == 3:                                         # a buffer a layer, of its matrices
         unit = lambda name: name.split(".")[:2] if name.startswith("blocks.") else name
@@ -1244,7 +1245,7 @@ def predict(c, layout, N, sequences, m):
         buffers = [sum(params[name].numel() for name in names) for _, names in layers]
     padded = sum(N * -(-b // N) for b in buffers)          # N equal slices of each
     sent = {0: 2 * n, 1: 2 * padded, 2: (m + 1) * padded, 3: m * (3 * padded + 2 * whole)}[stage] * 4 * once
-    return sum(state_bytes(n, stage, N, whole).values()), norm + sent
+    return sum(state_bytes(n, stage, N, whole).values()), sums + sent
 
 
 # --- 11. planning -------------------------------------------------------------------------------------------
@@ -1264,37 +1265,37 @@ def shape_of(n, context_length=4096):
 
 
 def fsdp_tp_limit(n, D, L, speed, near, far):
-    """FSDP between nodes x tensor parallelism within, n bf16 weights in L layers -> (t, b, b of messages in
-    turn): with t tensor ranks products take longer than messages from b tokens a GPU (and micro-batch) on.
-
+    """FSDP between nodes x tensor parallelism within (near: inside one) -> (t, b, b if messages take turns):
+    from b tokens a GPU and micro-batch on products take longer than messages; t tensor ranks make b least.
+    Seconds, with n bf16 weights in L layers, speed in FLOP/s, near and far in bytes/s, (N-1)/N taken as 1:
         products     6 n b / speed
-        FSDP         three times the weights of which t ranks have each a part:     3 * 2 n / t / far
+        FSDP         2 n / t bytes, gathered twice and their gradients scattered:   3 * 2 n / t / far
         tensor       four all-reduces a layer of a replica's (b t, D):              4 L * 2 * 2 b t D / near
-    products >= FSDP from b = speed / (far t) on; products >= tensor up to t = 3 n near / (8 L D speed),
-    whatever b is: this t needs the fewest tokens, if both kinds travel at the same time. In turn, products >=
-    FSDP + tensor: at best two equal terms, products^2 >= 4 FSDP tensor. That is 4 b, with t / 2 ranks.
-    """
+    products >= FSDP from b = speed / (far t) on; products >= tensor, whatever b is, up to
+    t = 3 n near / (8 L D speed): this t needs the fewest tokens, if both kinds travel at the same time.
+    In turn: products >= FSDP + tensor >= 2 sqrt(FSDP tensor), from which t cancels. At the smallest b all are
+    equal: FSDP = tensor = products / 2, with t / 2 ranks and 4 b."""
     t = 3 * n * near / (8 * L * D * speed)
     b = speed / (far * t)
     return t, b, 4 * b
 
 
 def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute, size=1):
-    """One layout's row, for `size` sequences a micro-batch, bf16 messages and products, fp32 state. Weights
-    and gradients hide behind products as far as they travel no longer; tensor parallelism's sums do not."""
+    """One layout's row, for `size` sequences a micro-batch, bf16 messages and products, fp32 state. Messages
+    of weights and gradients hide behind products unless they take longer; tensor parallelism's never do."""
     peak, memory, near, far = GPUS[gpu]
     n, D, L, T, dp = M.num_params(c), c.d_model, c.num_layers, c.context_length, gpus // (tp * pp)
     m, kept = sequences // (dp * size), M.activation_bytes(c, size, checkpoint_blocks=recompute)
     block = M.activation_bytes(c, size)["blocks"] / L if recompute else 0    # one at a time, computed again
     blocks = kept["blocks"] / pp * min(m, pp) + block                        # 1F1B: of up to pp micro-batches
-    activations = (blocks / 2 + kept["last norm"] / 2 + kept["logits"]) / tp
+    activations = (blocks / 2 + kept["last norm"] / 2 + kept["logits"]) / tp     # bf16, logits fp32
     gathered = 3 * 2 * n / (tp * L) if stage == 3 else 0   # this layer, the next, a gradient
     held = sum(state_bytes(n / (tp * pp), stage, dp).values()) + activations + gathered
     useful = M.train_flops(c, sequences * T)
     compute = useful * (4 / 3 if recompute else 1) / (gpus * peak * REACHED)
     weights = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[stage] * (dp - 1) / dp * 2 * n / (tp * pp)
     stream = (4 + 2 * recompute) * 2 * (tp - 1) / tp * 2 * T * D * (L / pp) * m * size
-    hidden = weights / (far if gpus > 8 else near)         # seconds
+    hidden = weights / (far if gpus > 8 else near)         # seconds; weights and stream are bytes
     seconds = (max(compute, hidden) + stream / near) * (m + pp - 1) / m      # and the bubble
     return dict(stage=stage, tp=tp, pp=pp, dp=dp, micro=m, size=size, recompute="yes" if recompute else "no",
                 held=held / 1e9, fits=held <= 0.9 * memory, sent=(weights + stream) / 1e9,
@@ -1303,8 +1304,8 @@ def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute, size=1):
 
 
 def plan(n_params, gpus, gpu, tokens):
-    """-> (shape, sequences a step, rows, best first, those that do not fit last). Of a layout's micro-batches
-    the best: the larger, the more products hide FSDP's messages, and the more memory they take."""
+    """-> (shape, sequences a step, rows, best first, those that do not fit last). Of a layout's micro-batch
+    sizes the best: the larger, the more products hide FSDP's messages, and the more memory they take."""
     c, rows, powers = shape_of(n_params), [], [2**i for i in range(11)]
     sequences, rank = max(1, round(tokens / c.context_length)), lambda r: (not r["fits"], -r["mfu"])
     for tp, pp, stage, recompute in itertools.product(powers[:4], powers, range(4), (False, True)):
@@ -1561,7 +1562,7 @@ def train(args, store):
             begin = time.perf_counter()
             torch.manual_seed(hash((args.seed, step, place)))                # for dropout; resumable
             rows = draw(tokens, T, args.seed, step * args.batch_size + place * share, share).to(args.device)
-            progress = (step + 1) / args.steps             # 2% up, then half a cosine down to a tenth
+            progress = (step + 1) / args.steps             # up in the first 2%, down a cosine to a tenth
             lr = args.lr * min(1.0, progress / 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress))
             loss, norm = trainer.step(rows[:, :-1], rows[:, 1:], args.micro_batch, lr, args.clip)
             ms = 1000 * (time.perf_counter() - begin)
@@ -1591,8 +1592,7 @@ LAYOUTS = {**{name: ({"stage": s}, 1) for s, name in enumerate(STAGES)},
 
 
 def lecture_rank(args, store):
-    """Five steps in every layout, and by one process on the whole batch: rank 0 prints what they held, sent
-    and differ."""
+    """Five steps in each layout and by one process; rank 0 prints bytes held, bytes sent and differences."""
     c, N, rank, rows = args.config, dist.get_world_size(), dist.get_rank(), []
     g = torch.Generator().manual_seed(args.seed)
     batches = torch.randint(0, c.vocab_size, (5, args.batch_size, c.context_length + 1), generator=g)
@@ -1775,7 +1775,7 @@ def run(args):
     else:                                                  # torchrun has started this process
         store, rank, world = next(dist.rendezvous("env://"))
         number = number_of_start(store, rank, world)
-        store = dist.PrefixStore(f"start {number}", store)                   # else with addresses of the dead
+        store = dist.PrefixStore(f"start {number}", store)                   # old keys are of dead ranks
         if rank == 0:
             again = number > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
             store.set("again", str(int(again and bool(checkpoints(os.path.join(args.out, "sharded"))))))
