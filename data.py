@@ -18,7 +18,7 @@ Equations
 Run    python data.py                                     # this lecture, a minute on two cores; a plot
        python data.py run --data crawl/ --out out/web     # WARC, WET, .jsonl, .txt -> funnel, token files
        torchrun --nproc_per_node=8 data.py run --data crawl/ --out out/web     # the same result
-       python data.py prove                               # 20 minutes: is the model better for it?
+       python data.py prove                               # 13 CPU minutes: is the model better for it?
        python data.py classify --train labels.txt --model out/quality.npz      # "__label__high a text" a line
        python data.py dedup --by lines --data a.txt b.txt --out out/lines
        python data.py mix --data web=a.jsonl code=b.jsonl --stages 0.9:web=8,code=2 0.1:code=1

@@ -1,4 +1,4 @@
-"""ddp.py - lectures 7-8: many devices, each holding the whole model. The tokens are split.
+r"""ddp.py - lectures 7-8: many devices, each holding the whole model. The tokens are split.
 
 What   P processes (ranks) hold the same weights and read different tokens. After the backward pass they
        average their gradients and take the same step: together one process with P times the batch. A
@@ -17,7 +17,8 @@ Equations
 
 Run    python ddp.py                                        # the lecture, on two local ranks
        python ddp.py --steps 200                            # train on two local ranks
-       torchrun --nproc_per_node=8 ddp.py --steps 5000 --preset gpt2 --data DIR
+       torchrun --nproc_per_node=8 ddp.py --steps 5000 --preset gpt2 --batch_size 480 --micro_batch 12 \
+                --lr 6e-4 --data DIR
        torchrun --nproc_per_node=8 ddp.py --steps 100 --sequence_ranks 4 --context_length 8192
        python ddp.py --bench_collectives 1,10,100           # all-reduce and its family, at these megabytes
 

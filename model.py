@@ -1,4 +1,4 @@
-"""model.py - lectures 2-3: the Transformer language model, and what it costs.
+"""model.py - lectures 2-4: the Transformer language model, and what it costs.
 
 What   A function from token ids (B,T) to logits (B,T,V): logits[b,t] scores every candidate for token t+1
        given tokens 0..t. Inside: an embedding, L blocks of (attention, feed-forward) that each add to a
@@ -500,7 +500,7 @@ class Block(nn.Module):
     def forward(self, x, positions, cache=None):
         p = self.c.dropout
         drop = lambda y: F.dropout(y, p, self.training) if p else y
-        if self.c.parallel:             # one norm, and under tensor parallelism one all-reduce instead of two
+        if self.c.parallel:             # one norm; under tensor parallelism both could share an all-reduce
             h = self.norm1(x)
             return self.after2(x + drop(self.out1(self.mixer(h, positions, cache)))
                                + drop(self.out2(self.ffn(h))))

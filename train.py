@@ -1,4 +1,4 @@
-"""train.py - lectures 2-3: from text to a trained language model. The main job of the project.
+"""train.py - lecture 2: from text to a trained language model. The main job of the project.
 
 What   Reads tokens, predicts each one from those before it, and moves the weights down the gradient of the
        loss until the budget (minutes, steps or tokens) is spent. With no arguments the text is the Python

@@ -1,4 +1,4 @@
-"""zero.py - lectures 7-8: many devices, each holding a part of the model.
+r"""zero.py - lectures 7-8: many devices, each holding a part of the model.
 
 What   N processes (ranks) train one model; none holds all weights, gradients and optimizer state. ZeRO cuts
        these into N slices; where weights are cut too (FSDP), those of a layer meet just before it computes.
@@ -23,7 +23,8 @@ Run    python zero.py                                                 # the lect
        python zero.py --steps 200 --stage 3                           # train on two local ranks
        python zero.py --steps 400 --resume --stage 1 --tp 2 --world_size 4
        python zero.py --plan --params 70e9 --gpus 1024 --gpu h100     # which layout for a real cluster
-       torchrun --nproc_per_node=8 zero.py --steps 5000 --preset gpt2-xl --dtype bf16 --data DIR
+       torchrun --nproc_per_node=8 zero.py --steps 5000 --preset gpt2-xl --dtype bf16 --batch_size 480 \
+                --micro_batch 4 --lr 2e-4 --data DIR
 
 You should see (two ranks, CPU; shortened; MB on rank 0; differences from one process after five steps)
        layout             state: predicted  measured  sent a step: predicted  counted  difference
@@ -1281,16 +1282,19 @@ def fsdp_tp_limit(n, D, L, speed, near, far):
 
 
 def plan_layout(c, gpus, gpu, sequences, stage, tp, pp, recompute, size=1):
-    """One layout's row, for `size` sequences a micro-batch, bf16 messages and products, fp32 state. Messages
-    of weights and gradients hide behind products unless they take longer; tensor parallelism's never do."""
+    """One layout's row, for `size` sequences a micro-batch, bf16 messages and products, fp32 state (this file
+    itself sends gradients in fp32). Messages of weights and gradients hide behind products unless they take
+    longer; tensor parallelism's never do."""
     peak, memory, near, far = GPUS[gpu]
     n, D, L, T, dp = M.num_params(c), c.d_model, c.num_layers, c.context_length, gpus // (tp * pp)
     m, kept = sequences // (dp * size), M.activation_bytes(c, size, checkpoint_blocks=recompute)
     block = M.activation_bytes(c, size)["blocks"] / L if recompute else 0    # one at a time, computed again
     blocks = kept["blocks"] / pp * min(m, pp) + block                        # 1F1B: of up to pp micro-batches
     activations = (blocks / 2 + kept["last norm"] / 2 + kept["logits"]) / tp     # bf16, logits fp32
-    gathered = 3 * 2 * n / (tp * L) if stage == 3 else 0   # this layer, the next, a gradient
-    held = sum(state_bytes(n / (tp * pp), stage, dp).values()) + activations + gathered
+    if not recompute:                                      # inputs of wqkv and of w1, w3 are kept whole
+        activations += 2 * (1 - 1 / tp) * 2 * size * T * D * L / pp * min(m, pp)
+    low = 2 * n / (tp * pp) * (3 / L if stage == 3 else 1)     # bf16: this layer, the next, a gradient; all
+    held = sum(state_bytes(n / (tp * pp), stage, dp).values()) + activations + low
     useful = M.train_flops(c, sequences * T)
     compute = useful * (4 / 3 if recompute else 1) / (gpus * peak * REACHED)
     weights = {0: 2, 1: 2, 2: m + 1, 3: 3 * m}[stage] * (dp - 1) / dp * 2 * n / (tp * pp)
@@ -1331,8 +1335,9 @@ def show_plan(args):
           f"limits, from where on products take longer than messages, in tokens a GPU and micro-batch:\n"
           f"  FSDP           {speed / far:,.0f} between nodes, {speed / near:,.0f} within one\n"
           f"  tensor         any, up to tp {t:.0f}\n"
-          f"  FSDP x tensor  {speed / far:,.0f} / tp: with tp 8 {speed / far / 8:,.0f}, with tp {t:.0f} "
-          f"{together:,.0f}; if one kind waits for the other {in_turn:,.0f}, with tp {t / 2:.0f}")
+          f"  FSDP x tensor  {speed / far:,.0f} / tp: with tp 8 {speed / far / 8:,.0f}; least, in nodes that "
+          f"large, {together:,.0f} with tp {t:.0f},\n                 or {in_turn:,.0f} with tp {t / 2:.0f} "
+          f"if one kind of message waits for the other")
     columns = {"stage": "stage", "tp": "tp", "pp": "pp", "dp": "dp", "micro-batches": "micro",
                "sequences": "size", "recompute": "recompute", "GB held": "held:.1f",
                "GB sent": "sent:.1f", "sending/computing": "sending:.0%", "bubble": "bubble:.1%",

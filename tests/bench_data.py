@@ -1,6 +1,6 @@
 """bench_data.py - is the data pipeline fast, and as right as its peers?
 
-Run    python tests/bench_data.py                # 3 min, one core: ours | peer | ratio, from one run
+Run    python tests/bench_data.py                # half a minute, one core: ours | peer | ratio, from one run
        python tests/bench_data.py html warc      # some of: html warc language pii minhash ngram classifier dsir bloom
 
 Ours and the peer take turns, so that a noisy machine disturbs both alike; the table has medians. Ratio = ours / peer:

@@ -1,6 +1,6 @@
 """bench_infer.py - decoding against transformers, continuous batching against static, speculation against plain.
 
-Run    python tests/bench_infer.py                  # all parts, about 5 minutes on two idle cores
+Run    python tests/bench_infer.py                  # all parts, 5 to 9 minutes
        python tests/bench_infer.py --only peers     # one of: peers, batching, speculation, memory, load
 
 peers        The same random weights in `transformers` (LlamaForCausalLM, generate with its cache) and here: prefill,
