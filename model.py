@@ -208,7 +208,7 @@ _llama2 = dict(vocab_size=32000, context_length=4096, init="glorot")
 # Large models keep D/L near 100 and H at 64 to 128; small ones do well with D/L = 32.
 PRESETS = {  # name -> fields of ModelConfig
     "tiny": dict(qk_norm=True),  # two CPU cores, minutes
-    "small": dict(d_model=192, num_layers=6, num_heads=3, context_length=512, qk_norm=True),  # the same, an hour
+    "small": dict(d_model=192, num_layers=6, num_heads=3, context_length=512, qk_norm=True),  # an hour
     "tinystories": dict(vocab_size=10000, d_model=512, d_ff=1344, num_layers=4, num_heads=16, qk_norm=True),
     "gpt2-recipe": dict(_gpt2, vocab_size=4096, context_length=256, d_model=128, num_layers=6, num_heads=2),
     "gpt2": dict(_gpt2, d_model=768, num_layers=12, num_heads=12),
