@@ -802,7 +802,7 @@ def test_mistakes_that_ranks_find_are_one_line(bad, says, tokens, tmp_path, capf
 
 
 def test_commands_of_the_docstring_parse():
-    commands = Z.__doc__.split("You should see")[0]
+    commands = Z.__doc__.split("You should see")[0].replace("\\\n", " ")          # lines that go on
     found = re.findall(r"^(?:Run)? +(?:python|torchrun [^#\n]*?) ?zero\.py(.*?)(?:#.*)?$", commands, re.M)
     assert len(found) == 5
     for line in found:
