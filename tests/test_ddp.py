@@ -734,7 +734,8 @@ def test_flags_without_effect_are_told():
 
 
 def test_the_docstrings_commands_parse(monkeypatch):
-    lines = re.findall(r"ddp\.py( --[^#\n]*)?", D.__doc__.split("Run ")[1].split("You should see")[0])
+    commands = D.__doc__.split("Run ")[1].split("You should see")[0].replace("\\\n", " ")
+    lines = re.findall(r"ddp\.py( --[^#\n]*)?", commands)
     assert len(lines) >= 5
     monkeypatch.setenv("WORLD_SIZE", "8")
     for line in lines:
