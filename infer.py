@@ -78,8 +78,14 @@ import time
 import timeit
 from dataclasses import asdict, dataclass, field, replace
 
+# CPU threads wait for one another in loops of this many turns, then sleep. The small calls between a decoding
+# step's products take longer than model.py's 3,000 turns, and waking is dear. A step of a 12-layer model with
+# 1 and 16 rows: 10.6 and 26.4 ms with 3,000 turns, 7.8 and 20.4 with 10,000; beside a busy process 25 and
+# 51 ms for one row, but 10 with --threads 1.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
 import bpe
-import model as M                                          # before torch: it sets how CPU threads wait
+import model as M                                          # before torch, which reads it
 
 import numpy as np
 import torch
@@ -314,9 +320,9 @@ class Pool:
 class PagedLayer:
     """One layer's cache on the pool's blocks; a mixer takes it for a model.KVCache.
 
-    A store, of keys, values or both, is one tensor (num_blocks, block_size, heads, H). As int8 it is two:
-    round(x / scale), and the scales, one a token and head: a large one does not cost its neighbours their
-    precision.
+    A store, of keys, values or both, is one tensor (num_blocks, heads, block_size, H): what a head reads lies
+    in one piece. As int8 it is two: round(x / scale), and the scales, one a token and head: a large one does
+    not cost its neighbours their precision.
     """
     def __init__(self, pool):
         self.pool, self.stores = pool, {}
@@ -325,20 +331,22 @@ class PagedLayer:
     def append(self, k, v, positions):
         """k, v (B,K,T,H) of the step's rows -> everything these rows have, and its positions (B,S). Slots
         beyond a row's end hold old numbers at positions that no query reaches: the mask hides them."""
-        k, v = (self.exchange(name, x.transpose(1, 2)).transpose(1, 2) for name, x in (("k", k), ("v", v)))
+        k, v = (self.exchange(name, x.transpose(1, 2)) for name, x in (("k", k), ("v", v)))
         return k, v, self.pool.step.key_positions
 
     def exchange(self, name, x):
-        """Write x (B,T,heads,H) to the step's slots; read all that its rows have, (B,S,heads,H)."""
-        pool, parts = self.pool, [x]
+        """Write x (B,T,heads,H) to the step's slots; read all that its rows have, (B,heads,S,H)."""
+        pool, heads, parts = self.pool, x.shape[2], [x]
         if pool.int8 and x.numel():
             scale = x.float().abs().amax(-1, keepdim=True).clamp(min=1e-8) / 127
             parts = [(x / scale).round().to(torch.int8), scale]
         if name not in self.stores:     # zeros, not empty: a masked key has weight 0, and 0 times NaN is NaN
-            self.stores[name] = [p.new_zeros(pool.num_blocks, pool.block_size, *p.shape[2:]) for p in parts]
+            shape = pool.num_blocks, heads, pool.block_size
+            self.stores[name] = [p.new_zeros(*shape, p.shape[3]) for p in parts]
+        slots, blocks = pool.step.places(heads)
         for t, part in zip(self.stores[name], parts):
-            t.flatten(0, 1).index_copy_(0, pool.step.slots, part.flatten(0, 1))
-        numbers, *scales = [pool.step.read(t) for t in self.stores[name]]
+            t.flatten(0, 2).index_copy_(0, slots, part.flatten(0, 2))
+        numbers, *scales = [pool.step.read(t, blocks) for t in self.stores[name]]
         return (numbers * scales[0]).to(x.dtype) if scales else numbers
 
 
@@ -350,19 +358,28 @@ class Step:
         self.layers, self.length, self.positions = layers, 0, positions
         self.table, self.S, self.run, size = table, S, run, pool.block_size
         place = positions - base
-        self.slots = (table.gather(1, place // size) * size + place % size).flatten()
+        self.block, self.at, self.size = table.gather(1, place // size), place % size, size      # (B,T)
         self.key_positions = base + torch.arange(S, device=positions.device)                     # (B,S)
         self.plain = even and positions.shape[1] in (1, S)  # one query, which sees all; or the queries are
-        self.masks, self.turns = {}, None                   # all the keys, and the causal mask does
+        self.masks, self.turns, self.found = {}, None, {}   # all the keys, and the causal mask does
 
-    def read(self, t):
-        """What the rows have of a store t, (B,S,...): a view where their blocks lie in order, else a copy, as
-        torch's attention wants one tensor (a GPU kernel for paged attention reads blocks in place)."""
-        rows, blocks = self.table.shape
+    def places(self, heads):
+        """Indices into a store (num_blocks, heads, block_size, H), once a step: of what is fed, over its
+        first three dimensions (B*T*heads,); of the rows' blocks, over its first two (B,heads,blocks)."""
+        if heads not in self.found:
+            head = torch.arange(heads, device=self.table.device)
+            slots = (self.block[..., None] * heads + head) * self.size + self.at[..., None]
+            self.found[heads] = slots.flatten(), self.table[:, None] * heads + head[:, None]
+        return self.found[heads]
+
+    def read(self, t, blocks):
+        """What the rows have of a store, (B,heads,S,H): a view where their blocks lie in order, else a copy,
+        as torch's attention wants one tensor (a GPU kernel for paged attention reads blocks in place)."""
         if self.run is not None:
-            return t[self.run:self.run + rows, :self.S]
-        t = t[:, :self.S] if blocks == 1 else t
-        return t.index_select(0, self.table.flatten()).unflatten(0, (rows, blocks)).flatten(1, 2)[:, :self.S]
+            return t[self.run:self.run + len(self.table), :, :self.S]
+        t = t.flatten(0, 1)
+        t = t[:, :self.S] if blocks.shape[2] == 1 else t
+        return t.index_select(0, blocks.flatten()).unflatten(0, blocks.shape).flatten(2, 3)[:, :, :self.S]
 
     def mask(self, window, dtype):
         """(B,1,T,S) of 0 and -inf, once a step, not once a layer. None: see plain."""
@@ -666,84 +683,136 @@ class Engine:
 
 
 # --- 5. the same model in fewer, better shaped operations ---------------------------------------------------
-# For one token on a CPU, calls cost as much as arithmetic, and a product runs at the speed of memory.
+# A decoding step of a small model on a CPU is hundreds of calls of microseconds each, and products of a few
+# rows, for which libraries are not at their best. So: fewer calls, and the same products in another shape.
 
-def by_input(weight):
-    """A matrix (out,in) that is taller than wide, laid out input by input: x W^T of one row x is then a few
-    long sums of columns, not many short dot products. On a CPU 1.3 to 1.8 times faster; for many rows, as
-    fast as before."""
-    done = weight.shape[0] <= weight.shape[1] or weight.stride(0) == 1
-    return weight if done else weight.t().contiguous().t()
+FEW, MANY = 12, 64                                         # rows
 
 
-class DecodeAttention(M.Attention):
-    """model.Attention on the pool, in half the operations: q and k are normed and turned in one piece, k and
-    v stored in one, angles and mask looked up once a step."""
-    def __init__(self, attention, turns):
+class DecodeLinear(M.Linear):
+    """x W^T + b, + add where there is one, for rows x (R,in). On a CPU as (W x^T)^T, with W cut into a stack
+    of up to eight matrices: MKL is slow at a product whose result has few rows and fast at one with few
+    columns, of the same sums; and it gives a matrix times a vector to one thread, but a stack of them to all.
+    Microseconds for W of 1,408 x 256 on two threads (78 are 19 GB/s, what this memory gives):
+
+        R             1     2     4     8    16    32
+        x W^T       162   215   335   387   433   557
+        (W x^T)^T    78    97   110   192   213   284
+    """
+    def __init__(self, weight, bias=None):
         nn.Module.__init__(self)
-        self.__dict__.update(attention.__dict__)           # the same parameters, not copies
-        self.turns = turns
-        if self.c.qk_norm:
-            self.gains = torch.cat([norm.weight.detach().expand(heads, -1) for norm, heads in (
-                (self.q_norm, self.c.num_heads), (self.k_norm, self.c.kv_heads))])               # (N+K,H)
+        self.weight, self.bias, self.stack = weight, bias, None              # tune changes no weight
+        if weight.device.type == "cpu":
+            self.stack = weight.detach().view(math.gcd(8, len(weight)), -1, weight.shape[1])
+
+    def forward(self, x, add=None):
+        if self.stack is None or x.dim() != 2 or len(x) > MANY:
+            y = F.linear(x, self.weight, self.bias)
+        else:
+            x = x if len(x) >= FEW else x.contiguous()     # few rows must be rows in memory, too
+            (n, m, D), R = self.stack.shape, len(x)
+            columns = x.as_strided((n, D, R), (0, x.stride(1), x.stride(0)))             # x^T, n times
+            y = torch.bmm(self.stack, columns).as_strided((R, n * m), (1, R))            # (n,m,R), transposed
+            y = y if self.bias is None else y + self.bias
+        return y if add is None else add + y
+
+
+class DecodeNorm(M.RMSNorm):
+    """x / sqrt(mean x^2 + eps) * g as x / hypot(|x|, sqrt(eps D)) * (g sqrt(D)): four operations. On a CPU
+    torch has no kernel for RMSNorm, and takes seven.      weight (...,D)"""
+    def __init__(self, weight, eps):
+        nn.Module.__init__(self)
+        D, self.weight, self.eps = weight.shape[-1], weight, eps
+        self.small = torch.tensor((eps * D)**0.5) if weight.device.type == "cpu" else None
+        self.gain = weight.detach() * (D**0.5 if self.small is not None else 1)
+
+    def forward(self, x):
+        if self.small is None or x.dtype != torch.float32:
+            return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight
+        return x / torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), self.small) * self.gain
+
+
+class DecodeBlock(M.Block):
+    """model.Block as most models have it (attention, then a feed-forward layer, a norm before each) on the
+    pool, in half the operations: q and k are normed and turned in one piece, k and v stored in one, angles
+    and mask looked up once a step, and the two products of a gated layer's input are one."""
+    def __init__(self, block, turns):
+        nn.Module.__init__(self)
+        self.__dict__.update(block.__dict__)               # the same parameters
+        (m, ffn), self.turns, self.both = (self.mixer, self.ffn), turns, None
+        if m.c.qk_norm:
+            self.gains = DecodeNorm(torch.cat([norm.weight.detach().expand(heads, -1) for norm, heads in (
+                (m.q_norm, m.c.num_heads), (m.k_norm, m.c.kv_heads))]), m.c.norm_eps)            # (N+K,H)
+        if type(ffn) is M.GatedFFN and type(ffn.w1) is M.Linear and ffn.w1.bias is None:
+            self.both = DecodeLinear(torch.cat((ffn.w1.weight, ffn.w3.weight)).detach())         # (2F,D)
+            ffn.w1.weight.data, ffn.w3.weight.data = self.both.weight.chunk(2)           # views, no copies
+        for module in (self, m, ffn):
+            swap(module)
 
     def forward(self, x, positions, cache=None):
         if not isinstance(cache, PagedLayer):
             return super().forward(x, positions, cache)
-        c, (B, T), step = self.c, x.shape[:2], cache.pool.step
-        N, K, H = c.num_heads, c.kv_heads, c.head_dim
-        x = self.wqkv(x).view(B, T, N + 2 * K, H)
+        B, T, D = x.shape
+        x = x.reshape(B * T, D)
+        x = plus(self.mixer.wo, self.attend(self.norm1(x), positions, cache), x)
+        h = self.norm2(x)
+        if self.both is None:
+            return (x + self.ffn(h)).view(B, T, D)
+        gate, up = self.both(h).chunk(2, -1)
+        return plus(self.ffn.w2, self.ffn.act(gate) * up, x).view(B, T, D)
+
+    def attend(self, x, positions, cache):
+        """x (B*T,D), normed -> (B*T,N*H): attention without its last matrix."""
+        m, step, (B, T) = self.mixer, cache.pool.step, positions.shape
+        N, K, H = m.c.num_heads, m.c.kv_heads, m.c.head_dim
+        x = m.wqkv(x).contiguous().view(B, T, N + 2 * K, H)
         qk = x[:, :, :N + K]                               # changed in place: v lies behind it
-        if c.qk_norm:
-            qk.copy_(F.rms_norm(qk, (H,), None, c.norm_eps) * self.gains)
-        if c.position == "rope":
+        if m.c.qk_norm:
+            qk.copy_(self.gains(qk))
+        if m.c.position == "rope":
             if step.turns is None:
                 step.turns = self.turns[positions]                                       # (B,T,1,H/2)
-            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2)))
-            qk.copy_(torch.view_as_real(pairs * step.turns).flatten(-2))
-        k, v = cache.exchange("kv", x[:, :, N:]).transpose(1, 2).split(K, 1)             # (B,K,S,H)
-        if c.attn_softcap:
+            pairs = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))).mul_(step.turns)
+            if qk.dtype != torch.float32:                  # .float() made a copy
+                qk.copy_(torch.view_as_real(pairs).flatten(-2))
+        k, v = cache.exchange("kv", x[:, :, N:]).split(K, 1)                             # (B,K,S,H)
+        if m.c.attn_softcap:
             q = x[:, :, :N].transpose(1, 2)                                              # (B,N,T,H)
-            y = self.choose_kernel(q, k, v, positions, step.key_positions, plain=False).transpose(1, 2)
+            y = m.choose_kernel(q, k, v, positions, step.key_positions, plain=False).transpose(1, 2)
         elif T == 1:                                       # the heads of a group are the rows of one product
-            y = M.attend(x[:, 0, :N].view(B, K, -1, H), k, v, attn_mask=step.mask(c.window, x.dtype))
+            y = M.attend(x[:, 0, :N].view(B, K, -1, H), k, v, attn_mask=step.mask(m.c.window, x.dtype))
         else:
-            mask = step.mask(c.window, x.dtype)
+            mask = step.mask(m.c.window, x.dtype)
             y = M.attend(x[:, :, :N].transpose(1, 2), k, v, attn_mask=mask, is_causal=mask is None,
                          enable_gqa=K < N).transpose(1, 2)
-        return self.wo(y.reshape(B, T, N * H))
+        return y.reshape(B * T, N * H)
 
 
-class DecodeFFN(M.GatedFFN):
-    """model.GatedFFN with the two products of its input in one."""
-    def __init__(self, ffn):
-        nn.Module.__init__(self)
-        self.__dict__.update(ffn.__dict__)
-        self.both = by_input(torch.cat((self.w1.weight, self.w3.weight)).detach())               # (2F,D)
-        self.w1.weight.data, self.w3.weight.data = self.both.chunk(2)        # views: nothing is kept twice
+def plus(linear, x, add):
+    return linear(x, add) if type(linear) is DecodeLinear else add + linear(x)
 
-    def forward(self, x):
-        gate, up = F.linear(x, self.both).chunk(2, -1)
-        return self.w2(self.act(gate) * up)
+
+def swap(parent):
+    """The parent's own linear layers and norms in their decoding forms."""
+    for name, child in list(parent.named_children()):
+        if type(child) is M.Linear:
+            setattr(parent, name, DecodeLinear(child.weight, child.bias))
+        elif type(child) is M.RMSNorm and child.weight.device.type == "cpu":
+            setattr(parent, name, DecodeNorm(child.weight, child.eps))
 
 
 def tune(model):
-    """Swap these in, in place: the same weights, and logits that differ by rounding alone."""
-    c, device = model.config, example(model).device
-    if {type(block.mixer) for block in model.blocks} == {M.Attention}:
-        turns = None
-        if c.position == "rope":                           # the model's own RoPE of 1 + 0i at every position
-            one, at = torch.tensor([1.0, 0.0] * (c.head_dim // 2)), torch.arange(c.context_length)
-            turned = M.apply_rope(one.expand(len(at), -1), at, *c.rope).unflatten(-1, (-1, 2))
-            turns = torch.view_as_complex(turned)[:, None].to(device)        # (context,1,H/2)
-        for block in model.blocks:
-            block.mixer = DecodeAttention(block.mixer, turns)
-    for block in model.blocks:
-        if type(block.ffn) is M.GatedFFN and type(block.ffn.w1) is M.Linear and block.ffn.w1.bias is None:
-            block.ffn = DecodeFFN(block.ffn)
-    for module in model.modules() if device.type == "cpu" else ():
-        if type(module) is M.Linear:
-            module.weight.data = by_input(module.weight.data)
+    """Swap these in, in place, where they fit: the same weights, and logits that differ by rounding alone."""
+    c, turns = model.config, None
+    if c.position == "rope":                               # the model's own RoPE of 1 + 0i at every position
+        one, at = torch.tensor([1.0, 0.0] * (c.head_dim // 2)), torch.arange(c.context_length)
+        turned = M.apply_rope(one.expand(len(at), -1), at, *c.rope).unflatten(-1, (-1, 2))
+        turns = torch.view_as_complex(turned)[:, None].to(example(model).device)             # (context,1,H/2)
+    for i, block in enumerate(model.blocks):
+        usual = block.c.norm_position == "pre" and not block.c.parallel and block.c.rope == c.rope
+        if usual and type(block.mixer) is M.Attention and not block.mixer.lends:
+            model.blocks[i] = DecodeBlock(block, turns)
+    swap(model)
     return model.eval()
 
 

@@ -30,8 +30,8 @@ import tempfile
 import time
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import model as M                                                            # before torch: see model.py
-import infer as I
+import infer as I                                                            # before model and torch: it sets how
+import model as M                                                            # their threads wait
 
 import torch
 
@@ -147,7 +147,7 @@ def agreement(model, scale, k):
     return target, draft, engine.counters["accepted"] / engine.counters["judged"]
 
 
-def speculation(rounds, k=4):
+def speculation(rounds, k=3):
     model, rows, low, high = model_of(512, 8, 8, vocab_size=512), [], 0.0, 1.0
     for _ in range(8):
         target, draft, rate = agreement(model, (low + high) / 2, k)

@@ -93,8 +93,39 @@ def test_tuned_logits():
             close(tuned(ids), model(ids), atol=2e-5, rtol=1e-4)
         assert tuned.state_dict().keys() == model.state_dict().keys()
         assert I.model_bytes(tuned) == I.model_bytes(model)
-        for ffn in (block.ffn for block in tuned.blocks if isinstance(block.ffn, I.DecodeFFN)):
-            assert ffn.w1.weight.data_ptr() == ffn.both.data_ptr()           # nothing is kept twice
+        for block in tuned.blocks:
+            if getattr(block, "both", None) is not None:   # nothing is kept twice
+                assert block.ffn.w1.weight.data_ptr() == block.both.weight.data_ptr()
+
+
+@pytest.mark.parametrize("d_in, d_out", [(1, 1), (7, 16), (123, 7), (64, 123), (40, 256)])
+@torch.no_grad()
+def test_decode_linear(d_in, d_out):
+    """The product in its other shape, for any number of rows, laid out as rows or as columns."""
+    torch.manual_seed(0)
+    for bias in (False, True):
+        plain = M.Linear(d_in, d_out, bias)
+        linear = I.DecodeLinear(plain.weight, plain.bias)
+        for R in (1, 2, I.FEW - 1, I.FEW, 16, I.MANY, I.MANY + 1):
+            x, add = torch.randn(R, d_in), torch.randn(R, d_out)
+            for rows in (x, x.t().contiguous().t(), torch.stack((x, x), 1)[:, 0]):
+                close(linear(rows), plain(x), atol=1e-5, rtol=1e-5)
+                close(linear(rows, add), add + plain(x), atol=1e-5, rtol=1e-5)
+        x = torch.randn(2, 3, d_in)
+        close(linear(x), plain(x), atol=1e-5, rtol=1e-5)
+
+
+def test_decode_norm():
+    torch.manual_seed(0)
+    for D in (1, 7, 123, 256):
+        norm = M.RMSNorm(D, 1e-5)
+        torch.nn.init.normal_(norm.weight)
+        for scale in (0, 1e-15, 1e-3, 1, 1e15):            # eps decides, eps counts, eps is nothing
+            x = scale * torch.randn(3, 5, D)
+            close(I.DecodeNorm(norm.weight, norm.eps)(x), norm(x), atol=1e-6, rtol=1e-5)
+        gain = torch.randn(4, D)
+        close(I.DecodeNorm(gain, 1e-5)(x[:, :4]), torch.nn.functional.rms_norm(x[:, :4], (D,), None, 1e-5) * gain,
+              atol=1e-6, rtol=1e-5)
 
 
 def test_window_bounds_memory():
