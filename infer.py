@@ -410,6 +410,9 @@ def unstack_states(whole, caches):
 # --- 4. the engine: continuous batching ---------------------------------------------------------------------
 
 CACHE_BYTES = 4e9                                          # of the pool, where num_blocks is not given
+# Tokens times parameters below which a second CPU thread does not help a step, and may hurt: 2.1 ms a token
+# of a 1.8M model with one thread or two, and with two up to 3.7 on a shared machine.
+SMALL = 5e6
 
 
 class Engine:
@@ -435,6 +438,7 @@ class Engine:
         blocks = num_blocks or max(1, min(max_batch * -(-c.context_length // size), int(most)))
         self.pool = Pool(blocks, size, int8_cache, share and not self.recurrent)
         self.model, self.max_batch, self.chunk, self.fresh_states = model, max_batch, chunk, made
+        self.params = M.num_params(c)
         self.layers = self.new_layers(made)
         # CUDA graphs; not with experts, whose loads differ from step to step.
         graphs = graphs and self.device.type == "cuda" and not c.num_experts and not self.recurrent
@@ -486,9 +490,15 @@ class Engine:
             if n and r in self.running and self.reserve(r, n):
                 groups[r.length if r.fresh else -1, n].append(r)             # equal pieces go together
                 budget -= n if r.fresh else 0
-        for (start, n), rows in groups.items():
-            rows.sort(key=lambda r: r.blocks[-1])          # neighbours in memory: see Step.read
-            changed += self.speculate(rows, k) if k and start == -1 else self.extend(rows, n)
+        threads, tokens = torch.get_num_threads(), sum(n * len(rows) for (_, n), rows in groups.items())
+        try:
+            if tokens * self.params < SMALL and self.device.type == "cpu":
+                torch.set_num_threads(1)
+            for (start, n), rows in groups.items():
+                rows.sort(key=lambda r: r.blocks[-1])      # neighbours in memory: see Step.read
+                changed += self.speculate(rows, k) if k and start == -1 else self.extend(rows, n)
+        finally:
+            torch.set_num_threads(threads)
         for r in [r for r in self.running if r.finish]:
             self.release(r)
         return changed
@@ -643,41 +653,39 @@ class Engine:
         table = [(r.blocks[r.dropped:] + [0] * n)[:n] for r in rows]
         first = table[0][0]
         run = first if n == 1 and all(t[0] == first + i for i, t in enumerate(table)) else None
-        tensors = [torch.tensor(x).to(self.device) for x in
-                   (ids, [list(range(start, start + T)) for start in starts], table,
-                    [[r.dropped * size] for r in rows])]
+        fed = torch.tensor([[*i, *range(start, start + T), *t, r.dropped * size] for i, start, t, r in
+                            zip(ids, starts, table, rows)]).to(self.device)  # in one piece: one transfer
         states = {i: stack_states([r.states[i] for r in rows]) for i in rows[0].states}
         layers = [states.get(i, layer) for i, layer in enumerate(layers)]
 
-        def forward(ids, positions, table, base):
+        def forward(fed):
+            ids, positions, table, base = fed.split((T, T, n, 1), 1)
             step = self.pool.step = Step(self.pool, layers, positions, table, base, S, run, even)
             return inputs(step, ids) if inputs else model.features(ids, positions, step)
         if self.graphs is not None and T <= 16 and inputs is None:
-            features = self.replay(forward, (id(layers[0]), S, run), tensors)
+            features = self.replay(forward, (id(layers[0]), S, run, T, fed.shape), fed)
         else:
-            features = forward(*tensors)
+            features = forward(fed)
         for i, whole in states.items():
             unstack_states(whole, [r.states[i] for r in rows])
         return features
 
-    def replay(self, forward, key, tensors):
+    def replay(self, forward, key, fed):
         """The same as a CUDA graph: a decoding step is hundreds of kernels of microseconds each, and
         launching them one by one from Python takes longer than they do. A graph is recorded once a shape,
-        over inputs at fixed addresses, and launched as one."""
-        key = (*key, *(t.shape for t in tensors))
+        over inputs at a fixed address, and launched as one."""
         if key not in self.graphs:
-            static, side = [t.clone() for t in tensors], torch.cuda.Stream()
+            static, side = fed.clone(), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):                  # once unrecorded: libraries set themselves up
-                forward(*static)
+                forward(static)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                out = forward(*static)
+                out = forward(static)
             self.graphs[key] = graph, static, out
         graph, static, out = self.graphs[key]
-        for fixed, t in zip(static, tensors):
-            fixed.copy_(t)
+        static.copy_(fed)
         graph.replay()
         return out.clone()                                 # the next replay writes there again
 
@@ -703,7 +711,7 @@ class DecodeLinear(M.Linear):
         nn.Module.__init__(self)
         self.weight, self.bias, self.stack = weight, bias, None              # tune changes no weight
         if weight.device.type == "cpu":
-            self.stack = weight.detach().view(math.gcd(8, len(weight)), -1, weight.shape[1])
+            self.stack = weight.detach().reshape(math.gcd(8, len(weight)), -1, weight.shape[1])
 
     def forward(self, x, add=None):
         if self.stack is None or x.dim() != 2 or len(x) > MANY:
@@ -802,7 +810,8 @@ def swap(parent):
 
 
 def tune(model):
-    """Swap these in, in place, where they fit: the same weights, and logits that differ by rounding alone."""
+    """Swap these in, in place, where they fit: the same weights, and logits that differ by rounding alone. To
+    be done last: weights that are replaced or moved afterwards are not seen."""
     c, turns = model.config, None
     if c.position == "rope":                               # the model's own RoPE of 1 + 0i at every position
         one, at = torch.tensor([1.0, 0.0] * (c.head_dim // 2)), torch.arange(c.context_length)
