@@ -26,18 +26,18 @@ Run    python infer.py                                     # the ladder below, a
        python infer.py diffuse --minutes 2                 # all places at once, against one after the other
        python infer.py cost                                # the lecture's calculator
 
-You should see (two threads on two cores, 15 s, the default run's checkpoint; shortened)
+You should see (two threads on two cores, 17 s, the default run's checkpoint; shortened)
                                  tokens/s at most  measured  first, ms  cache MB  tokens/pass  same text
-       one text: no cache                     437        93          -         -         1.00       100%
-         KV cache                           2,355       207          -         -         1.00       100%
-         this engine                        2,355       300          8       1.0         1.00       100%
-         n-gram drafts                      6,810       489          9       1.0         3.50       100%
-       24 texts: one at a time              2,277       342          6       1.0         1.00       100%
-         8 at a time, padded                8,724       628          -         -         1.00       100%
-         continuous, 8 rows                 8,724       893         21       8.4         1.00       100%
-         paged, prefixes shared             8,724       837         30       2.9         1.00       100%
-         int8 cache (lossy)                 8,724       728         37       0.8         1.00       100%
-         int8 weights (lossy)               8,724       770         34       2.9         1.00        82%
+       one text: no cache                     445        72          -         -         1.00       100%
+         KV cache                           2,005       202          -         -         1.00       100%
+         this engine                        2,005       332          8       1.0         1.00       100%
+         n-gram drafts                      3,078       294          7       1.0         1.60       100%
+       24 texts: one at a time              1,947       364          5       1.0         1.00       100%
+         8 at a time, padded                7,902       514          -         -         1.00       100%
+         continuous, 8 rows                 7,902     1,030         24       8.4         1.00       100%
+         paged, prefixes shared             7,902     1,064         36       2.9         1.00       100%
+         int8 cache (lossy)                 7,902       877         30       0.8         1.00        97%
+         int8 weights (lossy)               7,902       842         31       2.9         1.00        86%
        cache (Llama-2-13B, H100)  batch        GB  ms/token  tokens/s
        40 key/value heads             1     26.87      8.02       125
                                      64     79.72     23.80     2,689
