@@ -179,6 +179,17 @@ class Request:
     output = property(lambda self: self.ids[self.prompt_tokens:])
 
 
+DIVERGED = "the model's probabilities are not numbers: its training diverged; use an earlier checkpoint"
+
+
+def likeliest(logits):
+    """logits (...,V) -> ids (...)."""
+    best, ids = logits.max(-1)
+    if best.isnan().any():
+        raise ValueError(DIVERGED)
+    return ids
+
+
 def distribution(logits, requests, drafted=None):
     """logits (R,V), a request a row -> the probabilities (R,V) its token is drawn from. drafted: tokens that
     a row assumes after the request's own, which only the repetition penalty must know.
@@ -195,7 +206,7 @@ def distribution(logits, requests, drafted=None):
             z = logits[i, seen]
             logits[i, seen] = torch.where(z > 0, z / r.repetition_penalty, z * r.repetition_penalty)
     if all(r.temperature == 0 for r in requests):
-        return F.one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        return F.one_hot(likeliest(logits), logits.shape[-1]).float()
     def column(values):
         return torch.tensor(list(values), device=logits.device)[:, None]
     # 1e-3 is as good as greedy; nearer to 0, the quotient would overflow.
@@ -214,11 +225,12 @@ def distribution(logits, requests, drafted=None):
 
 def draw(probs, requests):
     """probs (R,V) -> R tokens: the first whose cumulated mass exceeds one number of the request's stream."""
+    if all(r.temperature == 0 for r in requests):          # one token has all the mass
+        return probs.argmax(-1).tolist()
     probs = probs.cpu() if probs.device.type == "mps" else probs             # which has no double
     mass = probs.double().cumsum(-1)
     if not (mass[:, -1] > 0).all():                        # NaN compares false
-        raise ValueError("the model's probabilities are not numbers: its training diverged; use an earlier "
-                         "checkpoint")
+        raise ValueError(DIVERGED)
     u = torch.tensor([[r.random.random()] for r in requests], dtype=torch.double).to(mass.device)
     return torch.searchsorted(mass, u * mass[:, -1:], right=True)[:, 0].tolist()
 
@@ -629,7 +641,7 @@ class Engine:
 
     def emit(self, rows, logits):
         greedy = all(r.temperature == 0 and r.repetition_penalty == 1 for r in rows)
-        tokens = logits.argmax(-1).tolist() if greedy else draw(distribution(logits, rows), rows)
+        tokens = likeliest(logits).tolist() if greedy else draw(distribution(logits, rows), rows)
         for r, token in zip(rows, tokens):
             r.fresh = False
             r.push(token)

@@ -267,8 +267,9 @@ def test_distribution(temperature, top_k, top_p):
 def test_min_p_repetition_penalty_and_extremes():
     logits = torch.tensor([[2.0, 1.0, -1.0, 0.0]])
     close(I.distribution(logits * 1e4, [I.Request([1], temperature=1e-45)])[0], torch.eye(4)[0])  # no overflow
-    with pytest.raises(ValueError, match="not numbers"):
-        I.draw(I.distribution(logits * math.nan, [I.Request([1])]), [I.Request([1])])
+    for request in (I.Request([1]), I.Request([1], temperature=0)):
+        with pytest.raises(ValueError, match="not numbers"):
+            I.draw(I.distribution(logits * math.nan, [request]), [request])
     p = M.softmax(logits[0])
     got = I.distribution(logits, [I.Request([1], min_p=0.2)])[0]
     want = p * (p >= 0.2 * p.max())
@@ -280,7 +281,7 @@ def test_min_p_repetition_penalty_and_extremes():
 
 def test_draw_is_the_inverse_of_the_cumulated_mass():
     probs = torch.tensor([[0.0, 0.25, 0.0, 0.75, 0.0]])
-    stream = type("Fixed", (), {})()
+    stream = I.Request([1])
     for u, want in ((0.0, 1), (0.2499, 1), (0.25, 3), (0.999999, 3)):
         stream.random = type("R", (), {"random": staticmethod(lambda u=u: u)})
         assert I.draw(probs, [stream]) == [want]
