@@ -3,7 +3,7 @@ predictions, (4) invariants of every variant, (5) accounting, (6) configurations
 
 The oracles are written here from the docstrings' equations, in float64 and with loops over tokens.
 """
-import functools, io, itertools, math, re
+import copy, functools, io, itertools, math, re
 from dataclasses import asdict, replace
 
 import pytest
@@ -403,6 +403,17 @@ def test_the_router_is_fp32_whatever_the_rest_is():
     close(net(x), net(x.bfloat16().float()), atol=0.2, rtol=0.1)
 
 
+@pytest.mark.parametrize("insides", [dict(num_experts=4), dict(mtp=1), dict(layers="GC")])
+def test_a_model_in_training_can_be_copied(insides):
+    """What a forward pass leaves behind hangs on its graph."""
+    net, ids = build(**insides), some_ids()
+    M.training_loss(net, ids, ids)[1].backward()
+    twin = copy.deepcopy(net)
+    close(M.training_loss(twin, ids, ids)[1], M.training_loss(net, ids, ids)[1])
+    for a, b in zip(net.parameters(), twin.parameters()):
+        assert a is not b and torch.equal(a, b)
+
+
 def test_upcycled_model_computes_the_same():
     dense, ids = build(mtp=1), some_ids()
     for kw in (dict(num_experts=4), dict(num_experts=3, experts_per_token=3),
@@ -412,7 +423,8 @@ def test_upcycled_model_computes_the_same():
         assert moe.blocks[0].ffn.w1.shape == (kw["num_experts"], 40, 24)
         moe.blocks[0].ffn.w1.data[1:] += 1.0               # copies, not views
         close(dense(ids), build(mtp=1).eval()(ids))
-    for bias, kw in (("none", dict(experts_per_token=1)), ("none", dict(shared_experts=1)), ("all", {})):
+    for bias, kw in (("none", dict(experts_per_token=1)), ("none", dict(shared_experts=1)), ("all", {}),
+                     ("none", dict(router="expert_choice")), ("none", dict(capacity_factor=1.0))):
         with pytest.raises(ValueError, match="compute the same without"):
             M.upcycle(build(bias=bias), num_experts=4, **kw)
 
@@ -731,12 +743,10 @@ def test_the_demos_of_variants(tmp_path, capsys):
     out = capsys.readouterr().out
     errors = [float(e) for e in re.findall(r" (\d\.\de[-+]\d\d)$", out, re.M)]
     assert len(errors) == len(M.variants(small)) and max(errors) < 1e-5
-    reach = re.search(r"= (\d+) tokens back; the gradient reaches (\d+)", out)
+    reach = re.search(r"= (\d+) tokens, the last among them; the gradient reaches (\d+)", out)
     assert reach[1] == reach[2]
-    M.demo_recall(pairs=(2, 32), steps=60, batch_size=16)
-    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if "%" in line}
-    percent = lambda text: int(text.rstrip("%"))
-    assert percent(rows["attention"][1]) > 80 > 40 > percent(rows["linear"][1])
+    right = M.demo_recall(pairs=(1, 123), texts=8)
+    assert right["attention"] == [1, 1] and right["linear"][0] == 1 and 0.2 < right["linear"][1] < 0.8
     M.demo_sorted(tokens=16, repeats=1)
     assert re.search(r"\n  64 +[\d.]+ +[\d.]+ +[\d.]+\n", capsys.readouterr().out)
     loads = M.demo_experts(steps=25)

@@ -394,6 +394,7 @@ def test_generate():
     assert M.generate(net, ids, 30, temperature=0, stop={stop}) == want[:want.index(stop)]
     draw = lambda seed, **kw: M.generate(net, ids, 30, generator=torch.Generator().manual_seed(seed), **kw)
     assert draw(0) == draw(0) != draw(1) and draw(0, top_k=1) == draw(1, top_p=1e-6) == want
+    assert draw(0, temperature=1e-39) == want              # and no overflow
     assert M.generate(net, ids, 0) == []
     assert M.generate(build(), list(range(40)), 1, 0) == M.generate(build(), list(range(24, 40)), 1, 0)
     for bad, word in ((dict(temperature=-1.0), "temperature"), (dict(temperature=math.nan), "temperature"),
