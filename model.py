@@ -1048,9 +1048,10 @@ class MoE(nn.Module):
 
     def balance_loss(self, probs, logits):
         """E sum_e load_e P_e, P the mean probability: 1 if uniform, E if all go to one expert. The load has
-        no gradient; P has, and is pushed down where the load is high. Per device: the same of group sums."""
+        no gradient; P has, and is pushed down where the load is high. Per device: the same of group sums (a
+        single group is always balanced)."""
         c, loss = self.c, 0.0
-        for groups in ({c.num_experts, c.balance_devices} - {1} if c.balance == "loss" else ()):  # one is even
+        for groups in ({c.num_experts, c.balance_devices} - {1} if c.balance == "loss" else ()):
             load, P = (t.view(groups, -1).sum(-1) for t in (self.load, probs.mean(0)))
             loss = loss + c.balance_loss * groups * (load * P).sum()
         return loss + c.router_z_loss * logits.logsumexp(-1).square().mean()
@@ -1958,7 +1959,7 @@ def demo_recall(pairs=(4, 16, 64, 256), heads=4, H=16, texts=16):
         for name, y in (("attention", scaled_dot_product_attention(1000 * k, k, v)), ("linear", read)):
             y, want = (t.transpose(1, 2).flatten(2) for t in (y, v))         # (texts,P,heads*H)
             right[name].append((torch.cdist(y, want).argmin(-1) == torch.arange(P)).float().mean().item())
-    table(f"Associative recall: right answers ({heads} heads of {H} dims, {heads * H * H:,} numbers of state)",
+    table(f"Associative recall: right answers ({heads} heads of {H} dims, a state of {heads * H * H:,})",
           ["", *(f"{P} pairs" for P in pairs)],
           [[name, *(f"{share:.0%}" for share in shares)] for name, shares in right.items()])
     return right
