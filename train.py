@@ -11,6 +11,7 @@ Equations
        loss           = mean over tokens of -ln p(token | before)
        bits per byte  = sum of losses / ln 2 / bytes
        AdamW          m = b1 m + (1-b1) g;  v = b2 v + (1-b2) g^2;  w -= lr (m' / (sqrt(v') + eps) + decay w)
+                      m' = m / (1 - b1^t);  v' = v / (1 - b2^t):  as if the means had not begun at 0
        SOAP           AdamW on QL^T g QR, the step turned back; QL, QR the eigenvectors of mean g g^T, g^T g
        Muon           m = mu m + g;  w -= lr (0.2 sqrt(max(rows, cols)) U V^T + decay w),  g + mu m = U S V^T
        schedule       a line up over the warm-up, then  cosine: half a cosine down  or  wsd: flat, then a line
@@ -58,7 +59,6 @@ import json
 import lzma
 import math
 import os
-import resource
 import shlex
 import signal
 import statistics
@@ -177,7 +177,7 @@ class SOAP(torch.optim.Optimizer):
     Adam divides coordinate by coordinate, so it depends on which coordinates the weights happen to have. The
     eigenvectors of mean g g^T and mean g^T g are the gradients' own: there the coordinates are least mixed.
     Turn the weights of a problem, and SOAP takes the same path, turned. 2 rc + 2 (r^2 + c^2) states a matrix
-    of r x c, and two products of r r c and r c c a step more; the basis follows every `every` steps.
+    of r x c, and four products each of r r c and r c c a step more; the basis follows every `every` steps.
     """
     def __init__(self, params, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, every=10):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, every=every,
@@ -194,12 +194,15 @@ class SOAP(torch.optim.Optimizer):
 
 def soap_update(p, state, group):
     """One matrix, or a stack of them. L and R average g g^T and g^T g; m is kept unturned, v turned. The
-    first gradient only finds the basis: there it is diagonal, and Adam would blow up the rounding beside."""
+    first gradient only sets the basis: there it is diagonal, and Adam would divide the rounding errors beside
+    the diagonal by their own size, and step along them."""
+    def eigenvectors(a):
+        return torch.linalg.eigh(a)[1].flip(-1)            # largest first: qr below begins on the left
     g, (b1, b2) = p.grad, group["betas"]
     outer = g @ g.mT, g.mT @ g
     if not state:
         state.update(t=0, m=torch.zeros_like(p), v=torch.zeros_like(p), L=outer[0], R=outer[1],
-                     QL=torch.linalg.eigh(outer[0])[1], QR=torch.linalg.eigh(outer[1])[1])
+                     QL=eigenvectors(outer[0]), QR=eigenvectors(outer[1]))
         return
     state["t"] += 1
     t, QL, QR = state["t"], state["QL"], state["QR"]
@@ -310,7 +313,7 @@ def noise_scale(small_sq, big_sq, b_small, b_big):
 
 class Batches:
     """Token file -> (x, y) of shape (B,T), y one token ahead of x. In an epoch no token is a
-    target twice, and all but fewer than 2T of them are one.
+    target twice, and all but 2T at most are one.
 
     The file is cut into windows of T tokens, visited in an order that depends on (seed, epoch) alone; every
     epoch starts the cut at another offset. So the whole reading state is one integer, the sequences read so
@@ -329,7 +332,7 @@ class Batches:
         rows = [self.window(i) for i in range(first, first + batch_size)]
         batch = torch.from_numpy(np.stack(rows).astype(np.int64))          # (B,T+1); uint16 cannot index
         if "cuda" in device:
-            batch = batch.pin_memory()         # with micro-batches the copy overlaps with the GPU's work
+            batch = batch.pin_memory()         # the copy waits its turn on the GPU, and the host for nothing
         batch = batch.to(device, non_blocking=True)
         return batch[:, :-1], batch[:, 1:]
 
@@ -358,12 +361,15 @@ def evaluate(model, tokens, eot, device="cpu", autocast=contextlib.nullcontext, 
     width = min(T, n)
     # The window that starts at s scores targets s + T - half .. s + T - 1; the first scores all of its own.
     starts = [0, *range(half, n - T + half, half)] if n > T else [0]
+    B = min(batch_size, len(starts))
     model.eval()
-    for i in range(0, len(starts), batch_size):
-        first = np.array(starts[i:i + batch_size])[:, None]
+    for i in range(0, len(starts), B):
+        rows = starts[i:i + B]
+        first = np.array(rows + rows[-1:] * (B - len(rows)))[:, None]      # one shape, compiled once
         index = first + np.arange(width + 1)               # (B,T+1), the last window may run past the end
         batch = torch.from_numpy(tokens[np.minimum(index, n)]).to(device)
         scored = torch.from_numpy((index[:, 1:] <= n) & ((np.arange(width) >= T - half) | (first == 0)))
+        scored[len(rows):] = False                         # what fills the last batch up
         with autocast():
             logits = model(batch[:, :-1])
         nats = F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="none")
@@ -397,7 +403,7 @@ def peak_flops(device, dtype):
     if "cuda" not in device:
         return None
     words = torch.cuda.get_device_name(device).replace("-", " ").split()
-    fits = [name for name in PEAK_FLOPS if set(name.split()) <= set(words)]
+    fits = [name for name in PEAK_FLOPS if set(name.split()) <= set(words) and "MIG" not in words]   # a slice
     return PEAK_FLOPS[max(fits, key=len)][dtype != "bf16"] if fits else None
 
 
@@ -482,7 +488,8 @@ class Run:
             torch.cuda.set_device(self.device)             # random states and memory counts are this one's
         self.dtype = s.dtype
         if s.dtype == "auto":                              # a CPU without AVX-512 is 7 times slower in bf16
-            self.dtype = "bf16" if "cuda" in self.device and torch.cuda.is_bf16_supported() else "fp32"
+            able = "cuda" in self.device and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.dtype = "bf16" if able else "fp32"
         torch.set_float32_matmul_precision("high")         # what stays fp32 may use TF32 on a GPU
         torch.manual_seed(s.seed)
         self.config = M.model_config(s, vocab_size=tokenizer.vocab_size)
@@ -502,7 +509,12 @@ class Run:
             except (LookupError, TypeError, AttributeError) as e:          # another script's, or damaged
                 raise ValueError(f"the checkpoint holds no training run to resume ({e!r}): load it with "
                                  f"model.load_model, or train afresh without --resume") from None
-        self.forward = torch.compile(self.model) if s.compile else self.model
+        self.forward = self.model
+        if s.compile:                                      # now: the first step's minute would be counted
+            self.forward = torch.compile(self.model, dynamic=False)
+            with torch.random.fork_rng([self.device] if "cuda" in self.device else []):
+                self.gradients()
+            self.optimizer.zero_grad(set_to_none=True)
 
     def save(self, path):
         rng = {"cpu": torch.get_rng_state()} | (
@@ -543,8 +555,8 @@ class Run:
 
     def gradients(self):
         """Forward and backward over one batch, in micro-batches; leaves the mean gradient in .grad,
-        returns the mean loss. A micro-batch's loss is a mean over its own tokens: divided by their number,
-        the sum is the batch's."""
+        returns the mean loss. A micro-batch's loss is the mean over its own tokens; divided by the number of
+        micro-batches, they add up to the batch's."""
         parts, total = self.s.batch_size // self.micro, 0.0
         for i in range(parts):
             x, y = self.batches(self.sequences + i * self.micro, self.micro, self.device)
@@ -621,13 +633,21 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
         def evaluation(max_tokens):
             start, fields = time.perf_counter(), run.validate(max_tokens)
             run.elapsed += time.perf_counter() - start if 0 < run.progress() < 1 else 0    # inside the budget
-            record("val", dict(step=run.step, tokens=run.tokens, seconds=round(run.elapsed, 3), **fields))
+            scored = min(max_tokens, len(val_tokens))
+            record("val", dict(step=run.step, tokens=run.tokens, seconds=round(run.elapsed, 3), scored=scored,
+                               **fields))
             say(f"step {run.step:>6} | held out: loss {fields['val_loss']:.4f}, {fields['val_bpb']:.4f} "
-                f"bits/byte (first {min(max_tokens, len(val_tokens)):,} tok)")
+                f"bits/byte (first {scored:,} tok)")
             return fields
 
+        def both_evaluations():
+            """Of what the curve is drawn from, and of all: another text is another number of bits."""
+            if s.eval_tokens < min(s.val_tokens, len(val_tokens)):
+                evaluation(s.eval_tokens)
+            return evaluation(s.val_tokens)
+
         if run.first_val is None:
-            run.first_val = evaluation(s.val_tokens)
+            run.first_val = both_evaluations()
         run.model.train()
         saved, printed, evals = time.perf_counter(), 0.0, math.floor(run.progress() * s.evals)
         while run.progress() < 1 and not stop.asked:
@@ -641,8 +661,9 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
                 run.save(checkpoint)
                 raise FloatingPointError(f"{run.bad_steps} steps in a row had a non-finite loss or gradient, "
                                          f"the last at step {run.step}; {checkpoint} holds the weights of "
-                                         f"the last good step. Try --lr {s.lr / 3:g}, --clip {s.clip / 2:g}, "
-                                         f"--qk_norm or --dtype fp32")
+                                         f"the last good step. Try --lr {s.lr / 3:g}, "
+                                         f"--clip {s.clip / 2 or 1:g}"
+                                         f"{'' if run.config.qk_norm else ', --qk_norm'} or --dtype fp32")
             if math.floor(done * s.evals) > evals and done < 1:
                 evals = math.floor(done * s.evals)
                 evaluation(s.eval_tokens)
@@ -660,17 +681,17 @@ def train(s, tokenizer, train_tokens, val_tokens, state=None, quiet=False):
             raise SystemExit(128 + stop.asked)
         if not quiet:
             run.save(checkpoint)
-        final = evaluation(s.val_tokens)
+        final = both_evaluations()
     return dict(run=run, plan=plan, checkpoint=checkpoint, log=log_path, **final)
 
 
 def log_line(f, done, run):
     """One fixed-width line; log.jsonl has every step, the screen one every log_seconds."""
-    left = run.elapsed * (1 - done) / done
+    left = divmod(round(run.elapsed * (1 - done) / done), 60)
     mfu = f"mfu {f['mfu']:.1%}" if f["mfu"] else "mfu n/a"
     line = (f"step {f['step']:>6}{f'/{run.steps}' if run.steps else ''} | loss {f['loss']:7.4f} | "
             f"lr {f['lr']:.2e} | gnorm {f['gnorm']:6.2f} | {f['step_ms']:7.1f} ms | "
-            f"{f['tok_s']:>9,.0f} tok/s | {mfu} | {done:4.0%}, {left // 60:.0f}:{left % 60:02.0f} left")
+            f"{f['tok_s']:>9,.0f} tok/s | {mfu} | {done:4.0%}, {left[0]}:{left[1]:02} left")
     if run.s.noise_scale:
         line += f" | noise scale {noise_scale(*run.noise, run.micro, run.s.batch_size):,.0f} seq"
     if "dropped" in f:
@@ -697,7 +718,8 @@ def trim_log(path, step, finished=False):
 
 def compressors(data, seen=b""):
     """{name: bits per byte} of gzip, bzip2 and xz at their strongest, on the same held-out bytes as one
-    stream. With `seen`, also xz that has read the training text: what it adds for `data` after `seen`."""
+    stream. With `seen`, also xz that has read the training text (of a long one the beginning, as much as xz
+    remembers): what it adds for `data` after `seen`."""
     def xz(b):
         return len(lzma.compress(b, preset=9 | lzma.PRESET_EXTREME))
     sizes = {"gzip -9": len(gzip.compress(data, 9)), "bzip2 -9": len(bz2.compress(data, 9)),
@@ -705,6 +727,17 @@ def compressors(data, seen=b""):
     if seen:
         sizes["xz -9e, having read the training text"] = xz(seen + data) - xz(seen)
     return {name: 8 * n / max(1, len(data)) for name, n in sizes.items()}
+
+
+def peak_memory(device):
+    """Bytes: the most that this process had at one time, or its tensors on the GPU."""
+    if "cuda" in device:
+        return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:                                    # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def report(s, result, tokenizer, train_tokens, val_tokens):
@@ -726,13 +759,11 @@ def report(s, result, tokenizer, train_tokens, val_tokens):
     print(f"  {result['val_bpb']:.3f} bits/byte: " + (
         f"not yet below {', '.join(better)}; train longer: --minutes {max(1, run.elapsed / 30):.0f}"
         if better else "below every compressor"))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    if "cuda" in run.device:
-        peak = torch.cuda.max_memory_allocated()
     seconds = max(run.elapsed, 1e-9)
     print(f"  {run.tokens:,} tokens ({run.tokens / len(train_tokens):.2f} epochs) in {run.elapsed:.0f} s: "
           f"{run.tokens / seconds:,.0f} tok/s, {run.flops * run.tokens / seconds / 1e9:,.0f} GFLOP/s; memory "
-          f"{sum(result['plan'].values()) / 1e9:.2f} GB predicted, process peak {peak / 1e9:.2f} GB")
+          f"{sum(result['plan'].values()) / 1e9:.2f} GB predicted, "
+          f"process peak {peak_memory(run.device) / 1e9:.2f} GB")
     plot(os.path.join(s.out, "loss.png"), result["log"], run, others)
     ids = M.generate(run.model, [tokenizer.eot_id, *tokenizer.encode(s.prompt, allowed_special=())],
                      s.sample_tokens, temperature=0.8, top_p=0.95, stop=(tokenizer.eot_id,),
@@ -760,6 +791,12 @@ def figure(path, **labels):
     print(f"saved {path}")
 
 
+def held_out_curve(records):
+    """All evaluations, the last on all tokens; and those on the same tokens as the one before it."""
+    val = [r for r in records if r["kind"] == "val"]
+    return val, [r for r in val if r.get("scored") == val[-2:][0].get("scored")]
+
+
 def plot(path, log_path, run, others):
     """Bits per byte against tokens read: training text (smoothed), held-out text, compressors as lines."""
     with open(log_path) as f:
@@ -769,13 +806,15 @@ def plot(path, log_path, run, others):
     width = max(1, len(steps) // 50)
     smooth = [scale * statistics.fmean(r["loss"] for r in steps[max(0, i - width):i + 1])
               for i in range(len(steps))]
-    val = [r for r in records if r["kind"] == "val"]
+    val, curve = held_out_curve(records)
     with figure(path, xlabel="million tokens read", ylabel="bits per byte",
                 ylim=(min([*others.values(), val[-1]["val_bpb"]]) - 0.2, 4)) as ax:
         if ax:
             ax.plot([r["tokens"] / 1e6 for r in steps], smooth, lw=1, label="model, training text")
-            ax.plot([r["tokens"] / 1e6 for r in val], [r["val_bpb"] for r in val], "o-", ms=4,
-                    label="model, held-out text")
+            ax.plot([r["tokens"] / 1e6 for r in curve], [r["val_bpb"] for r in curve], "o-", ms=4,
+                    label="model, the beginning of the held-out text")
+            ax.plot([val[-1]["tokens"] / 1e6], [val[-1]["val_bpb"]], "k*", ms=9,
+                    label=f"model, all held-out text: {val[-1]['val_bpb']:.2f}")
             for i, (name, bpb) in enumerate(others.items()):
                 ax.axhline(bpb, ls="--", lw=1, color=f"C{i + 2}", label=f"{name}: {bpb:.2f}")
 
@@ -852,9 +891,11 @@ def sweep(s, data):
         names.append(name)
         values.append([setting_value(name, v) for v in listed.split(",")])
     grid = [dict(zip(names, combination)) for combination in itertools.product(*values)]
-    for change in grid:
+    # One budget is the grid's? Then it replaces the one given to all.
+    others = dict.fromkeys(BUDGETS, 0) if {*BUDGETS} & {*names} else {}
+    variants = [(" ".join(f"{k}={v}" for k, v in change.items()), {**others, **change}) for change in grid]
+    for _, change in variants:
         check(argparse.Namespace(**{**vars(s), **change}))
-    variants = [(" ".join(f"{k}={v}" for k, v in change.items()), change) for change in grid]
     results = run_many("sweep", variants, [s.seed], s, data)
     results_table(f"Sweep over {' x '.join(names)}",
                   dict(sorted(results.items(), key=lambda r: r[1][0]["bpb"])))
@@ -889,7 +930,7 @@ def ablate(s, data):
             for r in runs:
                 if r["log"] and os.path.exists(r["log"]):
                     with open(r["log"]) as f:
-                        curves.append([v for v in map(json.loads, f) if v["kind"] == "val" and v["tokens"]])
+                        curves.append([v for v in held_out_curve(map(json.loads, f))[1] if v["tokens"]])
             if ax and curves:
                 ax.plot([v["tokens"] / 1e6 for v in curves[0]],
                         [statistics.fmean(v["val_bpb"] for v in at) for at in zip(*curves)],
@@ -921,8 +962,11 @@ def bakeoff(s, data):
     if not token_folder(s):
         held_out = data[2][:s.val_tokens]
         in_bytes = int(token_bytes(data[0])[held_out].sum() + (held_out == data[0].eot_id).sum())
-        by_byte = argparse.Namespace(**{**vars(s), "tokenizer": "bytes", "out": os.path.join(s.out, "bytes")})
-        corpora.append((open_data(by_byte),
+        by_byte = dict(tokenizer="bytes", out=os.path.join(s.out, "bytes"))
+        if s.corpus:                                       # it lies in s.out by now
+            files = bpe.fetch(s.corpus, s.out)
+            by_byte |= dict(corpus=None, data=files[:1], val=s.val or files[1:] or None)
+        corpora.append((open_data(argparse.Namespace(**{**vars(s), **by_byte})),
                         [("attention, on bytes", dict(tokenizer="bytes", val_tokens=in_bytes))]))
     results, configs = {}, {}
     for corpus, variants in corpora:
@@ -1012,7 +1056,7 @@ def make_parser():
     r = p.add_argument_group("running").add_argument
     r("--device", default="auto", help="cuda, mps or cpu; auto takes the first there is")
     r("--dtype", choices=("auto", "fp32", "bf16"), default="auto",
-      help="of matrix products; auto: bf16 on a GPU")
+      help="of matrix products; auto: bf16 on a GPU that has it")
     r("--compile", action=switch, default=False, help="a minute to start, faster steps on a GPU")
     r("--checkpoint_blocks", action=switch, default=False, help="run blocks twice: time for memory")
     r("--threads", type=int, default=0, help="CPU threads; 0: one a core")
@@ -1128,7 +1172,7 @@ def open_data(s):
     else:
         text, held_out = s.data, s.val
         if s.corpus:
-            files = bpe.fetch(s.corpus, s.out, progress=True)  # training text, then held-out text if there is
+            files = bpe.fetch(s.corpus, s.out, progress=True)  # training text, then held-out text if any
             text, held_out = files[:1], held_out or files[1:] or None
         by_byte = s.tokenizer == "bytes"                   # 256 bytes, end of text, and no merge
         tokenizer = bpe.prepare(s.out, text, held_out, vocab_size=257 if by_byte else config.vocab_size,
@@ -1145,7 +1189,7 @@ def keep_freed_memory():
     """On Linux, tell malloc not to hand large freed blocks back to the system: every step asks for the
     same ones again, and a fresh page costs a fault. 40,000 faults a step became 2,000; 5% of a small
     model's time on one core."""
-    with contextlib.suppress(OSError, AttributeError):     # another C library: nothing lost
+    with contextlib.suppress(OSError, AttributeError, TypeError):            # another C library: nothing lost
         libc, largest = ctypes.CDLL(None), 2**31 - 1
         libc.mallopt(-3, largest)                          # M_MMAP_THRESHOLD
         libc.mallopt(-1, largest)                          # M_TRIM_THRESHOLD
@@ -1204,8 +1248,8 @@ def run_command(argv=None):
             report(s, train(s, *data, state), *data)
     except FloatingPointError as e:
         parser.exit(1, f"train.py: stopped: {e}\n")
-    except RuntimeError as e:                              # torch.OutOfMemoryError on a GPU is one
-        if "memory" not in str(e):
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "allocate memory" not in str(e):    # a GPU, a CPU
             raise
         parser.error(f"out of memory ({M.first_line(e)}): try --micro_batch "
                      f"{max(1, (s.micro_batch or s.batch_size) // 2)} or --checkpoint_blocks")

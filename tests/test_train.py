@@ -234,6 +234,19 @@ def test_soap_takes_the_same_path_in_turned_coordinates():
     assert (U.T @ adam[1] @ W - adam[0]).abs().max() > 0.1
 
 
+def test_soap_keeps_its_basis_when_it_refreshes_it():
+    """The gradients' strong directions stay the same ones, so v still belongs to its columns."""
+    torch.manual_seed(0)
+    size = torch.logspace(0, -3, 32).double()
+    w, lr, steps = torch.nn.Parameter(torch.zeros(32, 32).double()), 0.01, []
+    opt = R.SOAP([dict(params=[w], soap=True)], lr=lr, weight_decay=0.0, every=10)
+    for _ in range(15):
+        before, w.grad = w.detach().clone(), size[:, None] * torch.randn(32, 32).double() * size
+        opt.step()
+        steps.append((w.detach() - before).square().mean().sqrt().item() / lr)
+    assert max(steps[11:]) < 1.5 * max(steps[6:11])
+
+
 def test_soap_in_the_identity_basis_is_adamw(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(torch.linalg, "eigh", lambda m: (None, torch.eye(len(m))))
@@ -358,6 +371,25 @@ def test_evaluate_equals_token_by_token(T, n):
     assert R.evaluate(net, text, 29, max_tokens=max(1, n // 2))[1] == max(1, n // 2)
 
 
+def test_evaluation_has_one_shape(monkeypatch):
+    """So that a compiled model is compiled for it once, and not for any shape."""
+    net, shapes = M.Transformer(M.ModelConfig(vocab_size=30, context_length=8, d_model=8, num_layers=1)), set()
+    net.register_forward_hook(lambda module, args, out: shapes.add(args[0].shape))
+    R.evaluate(net, np.zeros(100, np.uint16), 29, batch_size=7)
+    assert shapes == {(7, 8)}
+
+
+def test_compiling_is_done_before_the_clock_starts(tokens, monkeypatch):
+    plain, calls, real = make_run(tokens, "--steps", 5, "--dropout", 0.1), [], R.Run.gradients
+    monkeypatch.setattr(torch, "compile", lambda net, dynamic: calls.append(dynamic) or net)
+    monkeypatch.setattr(R.Run, "gradients", lambda run: calls.append("gradients") or real(run))
+    run = make_run(tokens, "--steps", 5, "--dropout", 0.1, "--compile")
+    assert calls == [False, "gradients"] and run.elapsed == run.step == 0
+    assert all(p.grad is None for p in run.model.parameters())
+    torch.manual_seed(0), plain.train_step(), torch.manual_seed(0), run.train_step()
+    close(list(run.model.parameters()), list(plain.model.parameters()))
+
+
 # --- 2. torch and published figures -------------------------------------------------------------------------
 
 @pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
@@ -387,7 +419,7 @@ def test_half_precision_facts():
                                        ("NVIDIA A100-SXM4-40GB", 312e12), ("NVIDIA A100 80GB PCIe", 312e12),
                                        ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12),
                                        ("NVIDIA GeForce RTX 4090", None), ("NVIDIA A10G", None),
-                                       ("Tesla T4", None)])
+                                       ("Tesla T4", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None)])
 def test_peak_flops_are_known_or_none(name, bf16, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
     assert R.peak_flops("cuda", "bf16") == bf16 and R.peak_flops("cpu", "bf16") is None
@@ -576,7 +608,7 @@ def test_end_to_end_in_a_fresh_process(texts, tmp_path):
     assert [r["tokens"] for r in log if r["kind"] == "train"] == [64 * i for i in range(1, 9)]
     vals = [r for r in log if r["kind"] == "val"]
     assert vals[0]["step"] == 0 and vals[0]["val_loss"] == pytest.approx(math.log(300), abs=1e-4)
-    assert vals[-1]["step"] == 8 and len(vals) == 3
+    assert vals[-1]["step"] == 8 and [v["scored"] for v in vals] == [100, 300, 100, 100, 300]
     assert vals[-1]["val_loss"] < vals[0]["val_loss"]
     tok = bpe.load_tokenizer(out / "tokenizer.json")
     val = bpe.load_tokens(out / "val.bin", tok)[:300]
@@ -601,7 +633,7 @@ def test_same_seed_same_log(data, tmp_path):
         assert go(data, tmp_path / out, "--steps", 5, "--evals", 2, "--seed", seed, "--dropout", 0.1,
                   "--micro_batch", 2) == 0
     a, b, c = (without_clock(records(tmp_path / out)) for out in "abc")
-    assert a == b != c and len(a) == 5 + 3
+    assert a == b != c and len(a) == 5 + 5
     same_state(state_of(tmp_path / "a"), state_of(tmp_path / "b"))
 
 
@@ -624,7 +656,7 @@ def test_two_and_two_steps_are_four(data, undisturbed, tmp_path, capsys):
     # nothing left to do: the report again
     assert command("--resume", "--out", tmp_path) == 0
     same_state(state_of(undisturbed), state_of(tmp_path))
-    steps = [(r["kind"], r["step"]) for r in records(tmp_path)]
+    steps = [(r["kind"], r["step"], r.get("scored")) for r in records(tmp_path)]
     assert len(set(steps)) == len(steps), steps
 
 
@@ -758,6 +790,13 @@ def test_sweep_runs_each_combination_once(data, tmp_path, monkeypatch, capsys):
     assert go(data, tmp_path, *argv) == 0 and len(calls) == 5                # all on disk
 
 
+def test_sweep_over_a_budget(data, tmp_path, monkeypatch):
+    calls, real = [], R.train
+    monkeypatch.setattr(R, "train", lambda s, *a, **kw: calls.append((s.steps, s.minutes)) or real(s, *a, **kw))
+    assert go(data, tmp_path, "--minutes", 1, "--evals", 0, "--sweep", "steps=1,2") == 0
+    assert calls == [(1, 0), (2, 0)]
+
+
 def test_ablations_are_valid_and_a_diverged_run_is_a_result(data, tmp_path, monkeypatch, capsys):
     for label, change in R.ABLATIONS:
         s = settings("--ablate")
@@ -803,6 +842,11 @@ def test_bakeoff_spends_the_same_flops_on_each(texts, data, tmp_path, monkeypatc
     assert tok.decode_bytes(held[held != tok.eot_id]) == bytes(by_byte[by_byte < 256].astype("uint8"))
     assert command(*argv) == 0 and len(runs) == 8          # all on disk
     assert go(data, tmp_path / "files", "--bakeoff", "--tokens", 64) == 0 and len(runs) == 14        # no text
+    folders, files = set(), [texts / "00.txt", texts / "01.txt"]             # a corpus is fetched into one folder
+    monkeypatch.setattr(bpe, "fetch", lambda name, out, progress=False: folders.add(out) or files)
+    monkeypatch.setattr(R, "BAKEOFF", [("attention", {})])
+    assert command("--corpus", "some", "--vocab_size", 260, "--out", tmp_path / "corpus", *SHAPE, "--bakeoff",
+                   "--tokens", 64) == 0 and folders == {str(tmp_path / "corpus")}
 
 
 def test_training_on_bytes(texts, data, tmp_path, capsys):
@@ -1054,6 +1098,14 @@ def test_out_of_memory_says_what_to_do(error, data, tmp_path, monkeypatch, capsy
         raise error
     monkeypatch.setattr(R.Run, "gradients", fails)
     assert "--micro_batch 2" in line_of(capsys, go(data, tmp_path, "--steps", 1))
+
+
+def test_another_fault_of_a_gpu_is_not_called_lack_of_memory(data, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(R.Run, "gradients", fails)
+    with pytest.raises(RuntimeError, match="illegal"):
+        go(data, tmp_path, "--steps", 1)
 
 
 def test_help_is_printed(capsys):
