@@ -9,12 +9,12 @@ Why    Imitation copies the teacher's mistakes. A verifier need not know how to 
        does already; a start that is almost never right gives it nothing to sharpen, and is refused here.
 
 Equations
-       SFT            - mean over the answer's tokens of ln p(token | before); the prompt is not trained on
-       reward model   - ln sigmoid(r(chosen) - r(rejected))                                  (Bradley-Terry)
-       DPO            - ln sigmoid(beta ((lw - lw_ref) - (ll - ll_ref))),   l = ln p(whole answer | prompt)
+       SFT            -mean over the answer's tokens of ln p(token | before); the prompt is not trained on
+       reward model   -ln sigmoid(r(chosen) - r(rejected))                                   (Bradley-Terry)
+       DPO            -ln sigmoid(beta (gain(chosen) - gain(rejected))),   gain = ln p(answer) / p_ref(answer)
        REINFORCE      gradient of mean reward = mean of A * gradient of ln p(answer),   A = reward - baseline
        GRPO           A = (r - mean) / (std + eps) over the G answers to one prompt;  Dr. GRPO: A = r - mean
-       PPO's clip     - min(ratio A, clip(ratio, 1 - low, 1 + high) A),   ratio = exp(ln p - ln p_old)
+       PPO's clip     -min(ratio A, clip(ratio, 1 - low, 1 + high) A),   ratio = exp(ln p - ln p_old)
        GAE            A_t = sum_l (gamma lam)^l delta_(t+l),   delta_t = r_t + gamma v_(t+1) - v_t
        KL (k3)        exp(d) - d - 1,   d = ln p_ref - ln p on tokens drawn from p: unbiased, never negative
        pass@k         1 - C(n - c, k) / C(n, k) from n answers of which c are right
@@ -32,7 +32,7 @@ Run    python align.py                                   # base, SFT, GRPO on su
 
 You should see (one CPU thread; shortened)
        step   10 | reward  0.870 | held out  0.988 | kl  0.034 | ...
-       Right answers to 1,000 sums never shown (95% intervals of up to +-3 points; sampled: 200 sums)
+       Right answers to 1,000 sums never shown, greedy (95%: up to +-3 points); sampled: 200 (+-7)
                                 greedy  one sample  majority of 16  any of 16
          base: a pupil's books   65.7%       67.8%           69.5%      97.0%
          SFT: his answers        77.2%       77.0%           77.5%      99.5%
@@ -78,7 +78,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# Shape letters: B sequences, T positions, V vocabulary, G answers to one prompt. ln p in nats.
+# Shape letters: B sequences, T positions, V vocabulary, P prompts, G answers to each. ln p in nats.
 
 
 # --- 1. examples --------------------------------------------------------------------------------------------
@@ -307,9 +307,10 @@ def pack(examples, T, apart=True):
     """(ids, mask) examples end to end, cut into rows of T: no padding. A row's last label is the next row's
     first id; what does not fill a row is dropped.
 
-    apart: documents do not see one another: each next one of a row is moved T positions on, out of the reach
-    of a window of T (windowed). RoPE reads differences alone, so inside a document nothing changes. Without
-    RoPE, or where a mixer heeds no window, packed documents see one another, as in most pre-training."""
+    apart: documents do not see one another: each further one of a row is moved another T positions on, out of
+    the reach of a window of T (windowed). RoPE reads differences alone, so inside a document nothing changes.
+    Without RoPE, or where a mixer heeds no window, packed documents see one another, as in most pre-training.
+    """
     ids, mask = ([v for e in examples for v in e[k]] for k in (0, 1))
     document = torch.tensor([i for i, e in enumerate(examples) for _ in e[0]])
     rows = []
@@ -677,7 +678,8 @@ REWARDS = {"exact": exact_reward, "gsm8k": gsm8k_reward, "boxed": boxed_reward, 
 def grade(reward, responses, truths, seconds=5.0):
     """[{reward, format_reward, answer_reward}]. Where a reward function raises, gives no finite number or
     does not return in time, the answer earns nothing and the run goes on: each is graded in a thread of its
-    own, which is left behind where it hangs. Equal answers are graded once."""
+    own, which is left behind where it hangs (but a regex that backtracks holds the interpreter: bound its
+    text). Equal answers are graded once."""
     graded, why = {}, f"no result in {seconds:g} s"
     for pair in dict.fromkeys(zip(responses, truths)):
         result = []
@@ -882,7 +884,7 @@ class Task:
         return answers
 
 
-# --algo: the flags it stands for. Each can be given on its own as well: so the ablations are made.
+# --algo: the flags it stands for. Each can be given on its own as well: that is how the ablations are made.
 ALGORITHMS = {
     "reinforce": dict(advantage="none", loss="naive", aggregate="token"),
     "baseline": dict(advantage="batch", loss="naive", aggregate="token"),
@@ -1069,7 +1071,7 @@ def perplexity(model, ids, num_bytes):
     if len(ids) < 2:
         raise ValueError(f"a text of {len(ids)} tokens has none to predict")
     windows = [ids[a:a + T + 1] for a in range(0, len(ids) - 1, T)]
-    nats = -summed_log_probs(model, [(w, [1] * len(w)) for w in windows], 4).double().sum().item()
+    nats = -summed_log_probs(model, [(w, [1] * len(w)) for w in windows], 4).cpu().double().sum().item()
     return {"tokens": len(ids) - 1, "perplexity": math.exp(nats / (len(ids) - 1)),
             "bits per byte": nats / math.log(2) / num_bytes}
 
@@ -1372,7 +1374,7 @@ def run_demo(s):
     history = RL(model, task, s).run()
     seconds, after = time.perf_counter() - started, task.answer(model, carries, s, 0.0)
     rows.append(["GRPO: a verifier", *measure(model, task, s)])
-    M.table("Right answers to 1,000 sums never shown (95% intervals of up to +-3 points; sampled: 200 sums)",
+    M.table("Right answers to 1,000 sums never shown, greedy (95%: up to +-3 points); sampled: 200 (+-7)",
             ["", "greedy", "one sample", "majority of 16", "any of 16"], rows)
     M.table("Five sums with a carry", ["sum", "SFT", "GRPO", "right"],
             [[p.prompt, a.text, b.text, p.answer] for p, a, b in zip(carries, before, after)])
@@ -1533,7 +1535,8 @@ def run_sft(s):
     if s.pack:
         apart = c.position == "rope" and {c.mixer, *c.layers} <= {"attention", "shared", *"GLC"}
         rows = pack(rows, T, apart)
-        print("packed" + ": they see one another in a model without RoPE and plain attention" * (not apart))
+        print("packed" + "; conversations see one another, as the model has no RoPE or other mixers than "
+              "attention" * (not apart))
     if not rows:
         raise ValueError(f"the conversations of {s.data} do not fill one row of {T} tokens: drop --pack")
     steps = s.steps or math.ceil(s.epochs * len(rows) / s.batch_size)
@@ -1681,7 +1684,8 @@ def run_eval(s, size=32):
         ids = [eot] * (eot is not None) + task.tokenizer.encode(data.decode(), ())
         rows = [[k, f"{v:,.4f}"] for k, v in perplexity(model, ids, len(data)).items()]
         return M.table(f"{s.data}: {len(data):,} bytes", ["", ""], rows)
-    task.must_end, task.stop_text = False, task.stop_text or "\n\n" * (s.shots > 0)        # shots end in it
+    chat = s.prompt in (None, "chat") and task.template
+    task.must_end, task.stop_text = False, task.stop_text or "\n\n" * (s.shots > 0 and not chat)
     if s.task in JUDGED:
         ask, task.patience = endpoint(s.judge), 600
         ask("Reply with the letter A.")                    # no judge: an error now, later a lost answer

@@ -857,6 +857,16 @@ def test_solved_examples_are_others_of_the_same_subject(tmp_path):
         assert answers == ["ABCD"[int(a[-1]) % 4] for a in asked[:2]]
 
 
+def test_solved_examples_end_a_plain_answer_not_a_chat(chat, tmp_path, monkeypatch):
+    seen, real = [], A.load_task
+    monkeypatch.setattr(A, "load_task", lambda *a: seen.append(real(*a)) or seen[-1])
+    monkeypatch.setattr(A, "load_items", lambda s: 1 / 0)
+    for flags, stop in (("--shots 2", ""), ("--shots 2 --prompt none", "\n\n"), ("--prompt none", "")):
+        with pytest.raises(ZeroDivisionError):
+            A.run_eval(A.parse_args(f"eval --data x --init {chat} {flags}".split()))
+        assert seen[-1][1].stop_text == stop
+
+
 def test_eval_resumes(chat, tmp_path, capsys):
     gsm = write_lines(tmp_path / "gsm.jsonl", *[{"question": f"{i}+1?", "answer": str(i)} for i in range(6)])
     argv = ["eval", "--task", "gsm8k", "--data", gsm, "--init", chat, "--out", tmp_path, "--max_new_tokens", 5]
