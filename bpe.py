@@ -8,13 +8,13 @@ Why    A model predicts one id at a time, so fewer ids for the same text are few
        is frequent: 3.5 bytes an id of Python at 4,096 ids, 4.0 at 16,384 (production models: 100,000 to
        250,000), and there is no text that it cannot write.
 How    pre-tokens = findall(pattern, text)      a regex cuts text into words; no id ever spans two pre-tokens
-       merge      = the pair with the greatest (count over all pre-tokens, pair); again, until there are V ids
+       merge      = the pair with the greatest (count over all pre-tokens, pair); again, up to vocab_size ids
        encode     = in every pre-token apply the merge of lowest rank until none applies
        ratio      = UTF-8 bytes / ids           compression_ratio(text, ids): what the lecture compares
 Facts  ord("牛") = 29275, ord("🌍") = 127757, "🌍".encode() = f0 9f 8c 8d: one byte of it is no character, which
-       is why decode works on all ids together. Over 98% of web pages are UTF-8. Byte-level models without a
-       tokenizer (ByT5, MEGABYTE, BLT, T-FREE) exist and are not yet scaled to the frontier; compare them in
-       bits per byte, never in loss per token.
+       is why decode works on all ids together. Over 98% of web pages are UTF-8. Models without a tokenizer,
+       on bytes (ByT5, MEGABYTE, BLT) or on hashed words (T-FREE), exist and are not yet scaled to the
+       frontier; compare them in bits per byte, never in loss per token.
 Run    python bpe.py                                              # this lecture, 20 s on 2 cores; out/bpe.png
        python bpe.py train --data FILE --vocab_size 10000 --out out      # -> out/tokenizer.json
        python bpe.py encode --tokenizer out/tokenizer.json --data FILE --out out/train.bin
@@ -25,7 +25,7 @@ See    1  243 merges of 130 kB: naive 5.14 s | incremental 0.08 s | 68x | identi
        2  bytes an id   English: character 1.00, byte 1.00, word 4.00 (9% unknown), BPE 2.79
                         Chinese: character 3.00, byte 1.00, word 16.50 (100% unknown), BPE 1.00
        3  trained on code: 3.53 on code, 3.46 on docstrings; trained on docstrings: 3.01 and 3.63
-       4  encode 4.2 MB/s, all words known 9.9, decode 109: the Pile takes 55, 23 and 2 hours
+       4  encode 4.2 MB/s, all words known 9.9, decode 109: the Pile takes 59, 25 and 2 hours
        5  512 ids 2.10 | 1,024 2.65 | 2,048 3.15 | 4,096 3.53 | 8,192 3.82 | 16,384 4.00
 Outline  1 the naive version   2 characters and words   3 incremental training   4 text in pieces that can
          stand alone   5 many processes   6 the tokenizer   7 tokenizer.json   8 token files   9 corpora
@@ -63,9 +63,10 @@ import regex                                         # re knows no \p{L}, a lett
 
 EOT = "<|endoftext|>"                                # ends every document of a token file
 # Contractions; letters, numbers, other signs, each with the one blank before it; white space, less its last
-# character if a word follows (that one belongs to the word).
+# character if something follows (a blank goes with what follows, a line end or tab stands alone).
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# GPT-4 and later: also 'LL, any one sign before letters, line ends close a pre-token; %s: digits per number
+# GPT-4 (cl100k), Llama 3, Qwen2; GPT-4o has another: also 'LL, any one sign before letters, line ends close a
+# pre-token; %s: digits per number
 LATER_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT4_PATTERN = LATER_PATTERN % "{1,3}"
@@ -223,8 +224,8 @@ def merge_pairs(counts, num_merges, show=False):
 
 
 def lay_out(counts, large=1 << 24):
-    """{b"ab": 5, b"c": 2} -> symbol [a b -1 c -1], weight [5 5 5 2 2]: all words in one array. What stands
-    before the first word is, by Python's index -1, the last -1."""
+    """{b"ab": 5, b"c": 2} -> symbol [a b -1 c -1], weight [5 5 5 2 2]: all words in one array. symbol[at - 1]
+    at the first place wraps to the end of the array, which is a separator too."""
     text = b"\xff".join(counts) + b"\xff"            # UTF-8 has no byte 0xff
     # places and symbols are most of the memory: 4 bytes each in a large text, but numpy is faster with 8
     small = large < len(text) < 1 << 31 and max(counts.values()) < 1 << 31
@@ -236,7 +237,7 @@ def lay_out(counts, large=1 << 24):
 
 
 def tie_key(token):
-    """A string that is the smaller the greater the token, since heapq gives the smallest first: every byte
+    """A string that sorts the lower, the greater the token, since heapq gives the smallest first: every byte
     becomes its complement, and an end mark above them all puts b"ab" before b"a"."""
     return "".join([chr(255 - b) for b in token]) + "\u0100"
 
@@ -249,7 +250,7 @@ def push_pairs(heap, order, weight, key, at, pair):
     # stable: the places of one pair stay ascending, as every_second needs them
     by_pair = key.argsort(kind="stable")
     key, at = key[by_pair], at[by_pair]
-    del by_pair                                      # of a large text half a gigabyte
+    del by_pair                                      # half a gigabyte for a large text
     start = np.concatenate([[0], (key[1:] != key[:-1]).nonzero()[0] + 1])
     count = np.add.reduceat(weight[at], start)
     end = [*start[1:].tolist(), len(at)]
@@ -495,7 +496,7 @@ def ctrl_c_later():
 
 
 def parallel_map(function, tasks, num_processes, *args):
-    """function(*args, task) of every task, in order; 2 a process wait at most: memory is bounded."""
+    """function(*args, task) of each task, in order; about two per process wait at most: memory is bounded."""
     if num_processes == 1:
         yield from map(functools.partial(function, *args), tasks)
         return
@@ -586,7 +587,8 @@ def train_bpe(input_path, vocab_size, special_tokens, *, pattern=GPT2_PATTERN, n
     bytes]]).
 
     Ids as make_vocab gives them; a tie goes to the greater pair. A corpus that runs out of pairs gives
-    fewer merges than asked for. Neither the number of processes nor the order of the files matters. Memory:
+    fewer merges than asked for. EOT ends a document and is no text, even if special_tokens lacks it (see
+    read_pieces). Neither the number of processes nor the order of the files matters. Memory:
     the distinct pre-tokens, not the text. ValueError: vocab_size below 256 + special tokens; a special token
     empty or repeated; a file that is no UTF-8 text."""
     paths = as_paths(input_path)
@@ -905,7 +907,7 @@ class ByteTokenizer(BPETokenizer):
 
 
 # --- 7. tokenizer.json ----------------------------------------------------------------------------
-# JSON holds text, tokens are bytes. GPT-2's way out: bytes that print stand for themselves, the others for
+# JSON holds text, tokens are bytes. GPT-2's way out: a printable byte is written as itself, the others as
 # U+0100 and on.
 
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -1030,7 +1032,7 @@ def encode_files(tokenizer, paths_or_documents, out_path, num_processes=None, pr
     same for all num_processes."""
     single = isinstance(paths_or_documents, (str, os.PathLike))
     given = [Path(paths_or_documents)] if single else paths_or_documents
-    paths = [Path(item) for item in given if is_path(item)] if isinstance(given, list) else []
+    paths = [Path(item) for item in given if is_path(item)] if isinstance(given, (list, tuple)) else []
     for made in (Path(out_path), Path(out_path).with_suffix(".json")):
         if made.resolve() in [path.resolve() for path in paths]:
             raise ValueError(f"{made} is a file to read and would be written over; give another --out")
@@ -1049,7 +1051,7 @@ def is_path(item):
 def encode_pieces(tok, pieces, out_path, num_processes=None, progress=None, **more):
     """encode_files on (piece, ends a document) from anywhere; more: further fields of the .json."""
     path, progress = Path(out_path), progress or Progress("encode")
-    # 2 bytes an id as long as they suffice: the Pile at 3.5 bytes per token is 470 GB of uint16
+    # 2 bytes an id as long as they suffice: the Pile at 3.5 bytes per token is 506 GB of uint16
     dtype = np.dtype("<u2" if tok.vocab_size <= 1 << 16 else "<u4")
     if tok.eot_id is None:
         raise ValueError(f"the tokenizer has no {EOT!r}, which ends every document of a token file; it has "
@@ -1171,10 +1173,11 @@ def split_key(name):
 
 
 def split_files(files, root=STDLIB):
-    """(train, val): 5% of the files, but at least one of several, by a hash of the path below root."""
+    """(train, val): 5% of the files, but of several at least one each, by a hash of the path below root."""
     files = list(dict.fromkeys(map(Path, files)))
-    keys = [split_key(f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name) for f in files]
-    last = max(HELD_OUT, min(keys)) if len(keys) > 1 else HELD_OUT
+    full = [Path(os.path.abspath(f)) for f in files]
+    keys = [split_key(f.relative_to(root).as_posix() if f.is_relative_to(root) else f.name) for f in full]
+    last = min(max(HELD_OUT, min(keys)), sorted(keys)[-2]) if len(keys) > 1 else HELD_OUT
     return [f for f, key in zip(files, keys) if key > last], [f for f, key in zip(files, keys) if key <= last]
 
 
@@ -1182,8 +1185,9 @@ def split_sources(data, val, errors):
     """(files, train, val): all files, and two functions cutter -> pieces. Held out are the files of val, else
     5% of the files; of a single file 5% of its documents; of a single document its end."""
     files = corpus_files() if data is None else text_files(data)
+    files = list({os.path.abspath(f): f for f in files}.values())        # a file given twice is one
     if val or len(files) > 1:
-        root = STDLIB if data is None or len(as_paths(data)) > 1 else as_paths(data)[0]
+        root = STDLIB if data is None else os.path.commonpath(map(os.path.abspath, as_paths(data)))
         train, held = (files, text_files(val)) if val else split_files(files, root)
         used = files + (held if val else [])
         return used, *(functools.partial(read_pieces, part, errors) for part in (train, held))
@@ -1195,6 +1199,9 @@ def split_sources(data, val, errors):
         def part(held, cutter):
             chosen = (d for d in read_documents(path, errors) if (split_key(d) <= last) == held)
             return cutter.pieces(document_chunks(chosen))
+        if next(part(False, Cutter(CUT)), None) is None:
+            raise ValueError(f"{path}: its documents are all the same, or too few, and none is left to train "
+                             f"on; give the validation text with --val FILE")
         return files, functools.partial(part, False), functools.partial(part, True)
     if path.suffix in (".gz", ".jsonl"):
         raise ValueError(f"{path}: holds a single document; give the validation text with --val FILE")
@@ -1342,7 +1349,7 @@ def parquet_to_jsonl(path, out):
 
 # --- 10. accounting and demo ----------------------------------------------------------------------
 
-PILE_BYTES = 825e9                                   # Gao et al. 2020, arXiv 2101.00027
+PILE_BYTES = 825 * 2**30                             # Gao et al. 2020, arXiv 2101.00027
 
 
 def compression_ratio(text, ids):
@@ -1469,7 +1476,9 @@ def run_encode(a):
     if a.data == ["-"]:
         if a.out:
             raise ValueError(f"--data - writes ids to stdout: drop --out {a.out}")
-        print(*tok.encode(sys.stdin.buffer.read().decode("utf-8", a.errors)))
+        # as in a file, EOT stands between documents and any other special token is text
+        text, special = sys.stdin.buffer.read().decode("utf-8", a.errors), {EOT} & tok.special_tokens.keys()
+        print(*tok.encode(text, special))
         return
     if not a.out:
         raise ValueError("--out is missing: name the token file to write, as in --out out/train.bin")
@@ -1556,7 +1565,7 @@ COMMANDS = {                                         # name: (function, flags, !
     "train": (run_train, "--data! --vocab_size --out! --pattern --special --processes --errors",
               "text -> tokenizer.json"),
     "encode": (run_encode, "--tokenizer! --data! --out --processes --errors",
-               "text -> token file; with --data - the text on stdin -> ids on stdout"),
+               f"text -> token file; with --data - text on stdin -> ids on stdout; special is {EOT} alone"),
     "decode": (run_decode, "--tokenizer! file", "token file, or ids on stdin -> text"),
     "show": (run_show, "--tokenizer! --text", "a vocabulary, or a text cut into its tokens"),
     "prepare": (run_prepare, "--data --corpus --val --vocab_size --tokenizer --out! --processes --errors",

@@ -462,6 +462,9 @@ def test_token_file_and_its_record(tmp_path, tok):
     tokens = bpe.load_tokens(out, tok)
     assert isinstance(tokens, np.memmap) and tokens.tolist() == expected
     assert sorted(p.name for p in tmp_path.iterdir()) == ["t.bin", "t.json"]   # no temporary file stays
+    for paths in ([out], (out,)):
+        with pytest.raises(ValueError, match="would be written over"):
+            bpe.encode_files(tok, paths, out, num_processes=1)
 
 
 @pytest.mark.parametrize("top,dtype", [(65534, "uint16"), (65535, "uint32")])
@@ -571,6 +574,29 @@ def test_prepare_always_holds_something_out(tmp_path, content):
     if EOT not in content:                      # one document: its last 5%, cut at a line end
         held_out = got["tokenizer"].decode(bpe.load_tokens(got["val"])).removesuffix(EOT)
         assert content.endswith(held_out) and held_out.startswith("line of") and 600 <= len(held_out) <= 700
+
+
+def test_files_of_one_name_are_split_by_their_folders(tmp_path, monkeypatch):
+    """Two shards called train.txt, absolute or relative or given twice; two files that both hash into the 5%."""
+    files = [tmp_path / name / "train.txt" for name in "ab"]
+    for i, file in enumerate(files):
+        file.parent.mkdir()
+        file.write_text(f"text of file {i}, with words of its own; " * 50)
+    got = bpe.prepare(tmp_path / "out", files, vocab_size=300, num_processes=1, log=lambda *_: None)
+    assert [bpe.token_info(got[part])["documents"] for part in ("train", "val")] == [1, 1]
+    monkeypatch.chdir(tmp_path)
+    ends = [[bpe.split_sources(data, None, "strict")[i](cutter=bpe.Cutter(None)) for i in (1, 2)]
+            for data in (files, ["a/train.txt", "./b/train.txt", files[0]])]
+    assert list(map(list, ends[0])) == list(map(list, ends[1]))
+    early = [tmp_path / name for name in map(str, range(200)) if bpe.split_key(name) < bpe.HELD_OUT][:2]
+    assert list(map(len, bpe.split_files(early, tmp_path))) == [1, 1]
+
+
+def test_equal_documents_leave_nothing_to_train_on(tmp_path):
+    (tmp_path / "x.txt").write_text(EOT.join(["the same words\n"] * 20))
+    with pytest.raises(ValueError, match="x.txt.*--val"):
+        bpe.prepare(tmp_path / "out", tmp_path / "x.txt", vocab_size=300, log=lambda *_: None)
+    assert not (tmp_path / "out").exists()                  # refused before the work, not after it
 
 
 class Mirror(http.server.BaseHTTPRequestHandler):
@@ -740,6 +766,10 @@ def test_train_encode_decode_show(shelf, cli, tmp_path):
     assert (tok.vocab_size, tok.pattern) == (400, bpe.GPT4_PATTERN)
     assert cli("encode", "--tokenizer", file, "--data", good, "--out", out, "--processes", 1)[0] == 0
     assert bpe.load_tokens(out, tok).tolist() == [*tok.encode(text), 256]
+    (tmp_path / "y.txt").write_text(typed := f"some <x> text{EOT}more")     # a file's <x> is text, its EOT ends
+    assert cli("encode", "--tokenizer", file, "--data", tmp_path / "y.txt", "--out", tmp_path / "y.bin")[0] == 0
+    ids = cli("encode", "--tokenizer", file, "--data", "-", stdin=typed)[1]
+    assert [*map(int, ids.split()), 256] == bpe.load_tokens(tmp_path / "y.bin", tok).tolist()
     assert cli("decode", "--tokenizer", file, out)[1].replace(EOT, "").rstrip("\n") == text.rstrip("\n")
     ids = cli("encode", "--tokenizer", file, "--data", "-", stdin="Hello\r\n  wörld")[1]
     assert list(map(int, ids.split())) == tok.encode("Hello\r\n  wörld")

@@ -56,6 +56,18 @@ def test_three_ways_rank_as_the_docstring_says():
     assert error["law"] < 1e-6 < error["parabola"] < 0.06 < error["argmin"]
 
 
+def test_planted_errors_are_typical_ones(capsys):
+    """Each error of the lecture's table is the root mean square over draws of the noise, not one draw's."""
+    s.demo_planted(draws=3)
+    line, = re.findall(r"^  0\.2%  *([\d.]+)%  *([\d.]+)%  *([\d.]+)%", capsys.readouterr().out, re.M)
+    true = HOFFMANN.optimum(5.76e23)[0]
+    draws = [s.planted_runs(HOFFMANN, BUDGETS, noise=0.002, seed=seed) for seed in range(3)]
+    sizes = [[*(s.extrapolate_minima(runs, 5.76e23, how) for how in ("argmin", "parabola")),
+              fitted(runs).law.optimum(5.76e23)[0]] for runs in draws]
+    want = 100 * np.sqrt(np.mean((np.array(sizes) / true - 1) ** 2, 0))
+    np.testing.assert_allclose(np.array(line, float), want, atol=0.06)
+
+
 def test_minima_over_training_curves():
     """Approach 1 with curves that really follow the law gives its exponent within the grid of sizes."""
     sizes = np.geomspace(1e8, 2e10, 60)
@@ -110,6 +122,10 @@ def test_power_law_and_huber():
     np.testing.assert_allclose(s.huber(r, 0.5), want)
     with pytest.raises(ValueError, match="too few for a power law"):
         s.power_law([1.0], [2.0])
+    x, two = np.geomspace(1e6, 1e8, 6), np.tile([1e6, 1e7], 3)
+    for N, D, cause in ((x[:5], x[:5], "5 run"), (two, x, "2 size"), (x, two, "2 token count")):
+        with pytest.raises(ValueError, match=f"{cause}.*3 or more of each"):
+            s.fit_chinchilla(N, D, np.full(len(N), 3.0))
 
 
 def test_critical_batch_inverts_its_curve():
@@ -235,8 +251,8 @@ def test_published_optima():
     assert (N, D) == (pytest.approx(3.22e10, rel=0.01), pytest.approx(2.98e12, rel=0.01))
     N, D = BESIROGLU.optimum(5.76e23)
     assert N == pytest.approx(7.22e10, rel=0.01) and D / N == pytest.approx(18.4, rel=0.01)
-    for law in (HOFFMANN, BESIROGLU):                                          # Pearce & Song's explanation
-        assert s.non_embedding_exponent(law) - law.exponent >= 0.12
+    for law, seen in ((HOFFMANN, 0.74), (BESIROGLU, 0.78)):                    # Pearce & Song's, near Kaplan's 0.73
+        assert s.non_embedding_exponent(law) == pytest.approx(seen, abs=0.01)
 
 
 @pytest.mark.parametrize("width", [1, 7, 64])
