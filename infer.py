@@ -6,14 +6,14 @@ What   From a checkpoint to text, for many users at once: drawing tokens, a KV c
 Why    Training sees all tokens at once; decoding makes one at a time, and each reads every weight and the
        whole cache for a few FLOPs a byte, where a GPU needs hundreds. So time is bytes read: read them for
        more rows (batching), for more tokens (speculation), or have fewer of them (smaller caches, fewer bits,
-       smaller models). Llama-2-13B in bf16 on an H100 makes 125 tokens/s for one user, 2,689 for 64 together.
+       smaller models). Llama-2-13B in bf16 on an H100: at most 125 tokens/s for one user, 2,689 for 64.
 
 Equations
        cache       = 2 K H L numbers a token;   latency >= (weights + B * cache * S) bytes / bandwidth
        intensity   = B T in the feed-forward layers;  S T / (S + T) in attention, whatever B
        speculative : keep draft x with probability min(1, p(x)/q(x)), else draw from max(p - q, 0): exactly p
        absmax      : w = scale * integer,  scale = max|w| / (2^(bits-1) - 1)
-       distillation= sum p ln(p / s);      diffusion <= E over t of  1/t * sum over masked of -ln p(token)
+       distillation= sum p ln(p / s);   diffusion: -ln p(text) <= E over t of 1/t * sum over masked of -ln p
 
 Run    python infer.py                                     # the ladder below, a minute on two cores
        python infer.py --prompt "def main"                 # continue a text with out/checkpoint.pt
@@ -131,7 +131,8 @@ class Request:
         self.begin(self.seed)
 
     def begin(self, seed):
-        """Its own random stream: the same request gives the same text alone or in any batch."""
+        """Its own random stream: the same request gives the same text alone or in any batch (with drafts,
+        whose number depends on the others: a text of the same distribution)."""
         self.random, self.decoder = random.Random(seed), codecs.getincrementaldecoder("utf-8")("replace")
 
     def check(self, context_length, vocab_size):
@@ -216,7 +217,7 @@ def distribution(logits, requests, drafted=None):
     probs, order = probs.sort(dim=-1, descending=True, stable=True)
     rank, before = torch.arange(probs.shape[-1], device=logits.device), probs.cumsum(-1) - probs
     keep = ((rank < column(1 if r.temperature == 0 else r.top_k or len(rank) for r in requests))
-            & (before < column(r.top_p for r in requests))
+            & (before < column(r.top_p if r.top_p < 1 else math.inf for r in requests))
             & (probs >= column(r.min_p for r in requests) * probs[:, :1]))
     keep[:, 0] = True
     probs = probs * keep
@@ -281,7 +282,8 @@ class Pool:
 
     Reserving context_length tokens a request wastes most of them, as nobody knows how long a text becomes.
     In blocks a text wastes less than one, and texts that begin alike share blocks: a full block is found by
-    the hash of all tokens up to its end. A block that two own is copied before either writes to it. One
+    the hash of all tokens up to its end. A block that two own is copied before either writes to it (drafters
+    feed one token again, in place: where twins differ there, their drafts are worse, their texts not). One
     table of blocks serves all layers. A contiguous cache is the case of one block a text.
     """
     def __init__(self, num_blocks, block_size, int8=False, share=True):
@@ -372,8 +374,9 @@ class Step:
         place = positions - base
         self.block, self.at, self.size = table.gather(1, place // size), place % size, size      # (B,T)
         self.key_positions = base + torch.arange(S, device=positions.device)                     # (B,S)
-        self.plain = even and positions.shape[1] in (1, S)  # one query, which sees all; or the queries are
-        self.masks, self.turns, self.found = {}, None, {}   # all the keys, and the causal mask does
+        # No mask is needed: one query, which sees all keys, or the queries are all the keys (is_causal).
+        self.plain = even and positions.shape[1] in (1, S)
+        self.masks, self.turns, self.found = {}, None, {}
 
     def places(self, heads):
         """Indices into a store (num_blocks, heads, block_size, H), once a step: of what is fed, over its
@@ -431,9 +434,10 @@ class Engine:
     """Continuous batching (Yu et al. 2022, Orca): requests join and leave between two tokens.
 
     A step lets waiting requests in, feeds one chunk of prompts, and one token (or its drafts) of the others.
-    Reading the weights is the cost of a step, and all rows share it; attention is each row's own, so batching
-    does nothing for it. Chunks bound how long a long prompt holds up the others (Agrawal et al. 2023). Rows
-    are at different lengths and nothing is padded: positions and block tables say who is where.
+    Reading the weights is the cost of a step, and all that decode share it in one pass; attention is each
+    row's own, so batching does nothing for it. Chunks bound how long a long prompt holds up the others
+    (Agrawal et al. 2023). Rows are at different lengths and no token is padded: positions and block tables
+    say who is where; attention reads each row as far as the longest, and masks the rest.
     """
     def __init__(self, model, max_batch=16, block_size=16, num_blocks=0, chunk=256, int8_cache=False,
                  share=True, drafter=None, graphs=True):
@@ -455,6 +459,7 @@ class Engine:
         # CUDA graphs; not with experts, whose loads differ from step to step.
         graphs = graphs and self.device.type == "cuda" and not c.num_experts and not self.recurrent
         self.graphs = {} if graphs else None
+        self.graph_pool = torch.cuda.graph_pool_handle() if graphs else None
         self.waiting, self.running = collections.deque(), []
         self.counters, self.stop_ids, self.drafter = collections.Counter(), (), drafter
         if drafter is not None:
@@ -500,7 +505,7 @@ class Engine:
         for r in list(self.running):                       # oldest first: reserve puts back the youngest
             n = min(len(r.ids) - r.length, budget) if r.fresh else 1 + k
             if n and r in self.running and self.reserve(r, n):
-                groups[r.length if r.fresh else -1, n].append(r)             # equal pieces go together
+                groups[r.length if r.fresh else -1, n].append(r)   # equal pieces of prompts need no mask
                 budget -= n if r.fresh else 0
         threads, tokens = torch.get_num_threads(), sum(n * len(rows) for (_, n), rows in groups.items())
         try:
@@ -655,16 +660,17 @@ class Engine:
         """One forward pass: ids, a list of T tokens a row, which begin at positions `starts` -> features
         (B,T,D). inputs: a function of the step instead of the model."""
         size, T = self.pool.block_size, len(ids[0])
+        graph = self.graphs is not None and inputs is None and not rows[0].fresh             # it decodes
         lengths = [start + T - r.dropped * size for r, start in zip(rows, starts)]
         S, even = max(lengths), min(lengths) == max(lengths)
         n = -(-S // size)
-        if self.graphs is not None:
+        if graph:
             most = -(-model.config.context_length // size)
             n = min(2 ** (n - 1).bit_length(), most)       # few sizes, few graphs
             S, even = n * size, False
         table = [(r.blocks[r.dropped:] + [0] * n)[:n] for r in rows]
         first = table[0][0]
-        run = first if n == 1 and all(t[0] == first + i for i, t in enumerate(table)) else None
+        run = first if not graph and n == 1 and all(t[0] == first + i for i, t in enumerate(table)) else None
         fed = torch.tensor([[*i, *range(start, start + T), *t, r.dropped * size] for i, start, t, r in
                             zip(ids, starts, table, rows)]).to(self.device)  # in one piece: one transfer
         states = {i: stack_states([r.states[i] for r in rows]) for i in rows[0].states}
@@ -674,10 +680,7 @@ class Engine:
             ids, positions, table, base = fed.split((T, T, n, 1), 1)
             step = self.pool.step = Step(self.pool, layers, positions, table, base, S, run, even)
             return inputs(step, ids) if inputs else model.features(ids, positions, step)
-        if self.graphs is not None and T <= 16 and inputs is None:
-            features = self.replay(forward, (id(layers[0]), S, run, T, fed.shape), fed)
-        else:
-            features = forward(fed)
+        features = self.replay(forward, (id(layers[0]), S, fed.shape), fed) if graph else forward(fed)
         for i, whole in states.items():
             unstack_states(whole, [r.states[i] for r in rows])
         return features
@@ -685,7 +688,8 @@ class Engine:
     def replay(self, forward, key, fed):
         """The same as a CUDA graph: a decoding step is hundreds of kernels of microseconds each, and
         launching them one by one from Python takes longer than they do. A graph is recorded once a shape,
-        over inputs at a fixed address, and launched as one."""
+        over inputs at a fixed address, and launched as one. All share one memory: they run one after the
+        other, and each result is copied out."""
         if key not in self.graphs:
             static, side = fed.clone(), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
@@ -693,7 +697,7 @@ class Engine:
                 forward(static)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.graph_pool):
                 out = forward(static)
             self.graphs[key] = graph, static, out
         graph, static, out = self.graphs[key]
@@ -1008,14 +1012,16 @@ class Eagle(Drafter, nn.Module):
         return self.engine.logits(last[:, -1])
 
 
-def fit(module, loss_of, tokens, context_length, seconds, lr=1e-3, batch_size=8, seed=0):
+def fit(module, loss_of, tokens, context_length, seconds, lr=1e-3, batch_size=8, seed=0, half=False):
     """AdamW on random windows of a token file until the time is up; the rate falls to 0 with it.
-    loss_of(ids (B,T)) -> scalar."""
+    loss_of(ids (B,T)) -> scalar. half: products in bf16; the module's own weights are fp32 in any case, as
+    steps of bf16 weights are lost in rounding."""
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
     rng, begin, losses, shown = np.random.default_rng(seed), time.monotonic(), [], 0.0
     while (passed := time.monotonic() - begin) < seconds or not losses:
         ids = windows(tokens, context_length, rng.random(batch_size))
-        loss = loss_of(ids.to(example(module).device))
+        with torch.autocast((device := example(module).device).type, torch.bfloat16, enabled=half):
+            loss = loss_of(ids.to(device))
         for group in optimizer.param_groups:               # 20 steps of warm-up, then down
             group["lr"] = lr * min(1, (len(losses) + 1) / 20) * max(0.02, 1 - passed / max(seconds, 1e-9))
         optimizer.zero_grad()
@@ -1042,14 +1048,15 @@ def windows(tokens, length, places):
 def train_drafter(kind, model, tokens, k, seconds, seed=0):
     """Medusa heads or an EAGLE block, on the frozen target's features."""
     torch.manual_seed(seed)
-    drafter = kind(model.config, k).to(example(model))
+    drafter = kind(model.config, k).to(example(model).device)
 
     def loss(ids):
         with torch.no_grad():
             features = model.features(ids)
         return drafter.loss(model, features, ids)
     with contextlib.suppress(KeyboardInterrupt):           # keep what was learnt
-        fit(drafter, loss, tokens, min(model.config.context_length, 256), seconds, 3e-3, seed=seed)
+        fit(drafter, loss, tokens, min(model.config.context_length, 256), seconds, 3e-3, seed=seed,
+            half=example(model).dtype == torch.bfloat16)
     return drafter.eval()
 
 
@@ -1071,7 +1078,7 @@ def quantize(w, bits=8, group=0):
 class QuantLinear(nn.Module):
     """A Linear whose weights are stored small and widened for the product.
 
-    kind     int8 (a scale a row), int4 (a scale `group` columns; two numbers a byte), fp8
+    kind     int8 (one scale a row), int4 (one for every `group` columns; two numbers a byte), fp8
     keep     columns that stay as they are. With int8_inputs this is LLM.int8() (Dettmers et al. 2022): inputs
              are int8, too, but for the few columns whose huge values would cost all others their precision
     smooth   s (in,): the columns of W times s, the inputs divided by it: AWQ (Lin et al. 2024)
@@ -1135,7 +1142,7 @@ def watch_inputs(model, names, ids, rows=2048):
     seen = {}
     hooks = [model.get_submodule(name).register_forward_pre_hook(
         lambda _, x, name=name: seen.__setitem__(name, x[0].flatten(0, -2)[:rows])) for name in names]
-    model(ids)
+    model(ids.to(example(model).device))
     for hook in hooks:
         hook.remove()
     return seen
@@ -1203,13 +1210,14 @@ def held_out_loss(model, tokens, count=8):
 def importance(model, ids):
     """By calibration on ids (B,T) -> per layer (L,), per group of heads (L,K), per hidden unit (L,F).
 
-    A layer matters as it turns the stream (1 - cosine of what comes in and out); a head or a hidden unit as
-    the size of what it adds: |activation| times the norm of the weights it meets in wo or w2."""
+    A layer matters by how far it turns the stream (1 - cosine between what comes in and what goes out), a
+    head or hidden unit by the size of what it adds: |activation| times the norm of its weights in wo or w2.
+    """
     blocks = [f"blocks.{i}" for i in range(model.config.num_layers)]
     wo, w2 = ([block + part for block in blocks] for part in (".mixer.wo", ".ffn.w2"))
     seen = watch_inputs(model, [*blocks, *wo, *w2, "norm"], ids)
     stream = [seen[name] for name in (*blocks, "norm")]
-    layers = [1 - F.cosine_similarity(x, y, -1).mean() for x, y in zip(stream, stream[1:])]
+    layers = [1 - F.cosine_similarity(x.float(), y.float(), -1).mean() for x, y in zip(stream, stream[1:])]
     heads, units = (torch.stack([seen[name].abs().mean(0) * model.get_submodule(name).weight.norm(dim=0)
                                  for name in names]) for names in (wo, w2))
     return torch.stack(layers), heads.unflatten(1, (model.config.kv_heads, -1)).sum(-1), units
@@ -1226,7 +1234,7 @@ def prune(model, ids, layers, groups, d_ff):
                           ("d_ff", d_ff, c.ffn_dim)):
         if not 1 <= n <= most:
             raise ValueError(f"--{name} {n} is out of range: 1 to the model's {most}")
-    by_layer, by_group, by_unit = importance(model, ids)
+    by_layer, by_group, by_unit = (t.cpu() for t in importance(model, ids))
     N, K, H = c.num_heads, c.kv_heads, c.head_dim
     out = M.Transformer(replace(c, num_layers=layers, num_heads=groups * (N // K), num_kv_heads=groups,
                                 d_head=H, d_ff=d_ff, mtp=0))
@@ -1845,16 +1853,22 @@ def run_shrink(a):
         student = prune(teacher, calibration(a, tokenizer, c.context_length),
                         a.num_layers or max(1, c.num_layers - 1), a.num_kv_heads or c.kv_heads,
                         a.d_ff or c.ffn_dim * 3 // 4)
-        rows.append(price_row("pruned", student, a, tokenizer))
     else:
         torch.manual_seed(a.seed)
         student = M.Transformer(replace(c, num_layers=a.num_layers or max(1, c.num_layers // 4),
                                         num_kv_heads=a.num_kv_heads or c.num_kv_heads, d_ff=a.d_ff or c.d_ff))
-    student = student.to(example(teacher))
+    at = example(teacher)                                  # the student learns in fp32, is judged in its type
+
+    def price(name):
+        rows.append(price_row(name, copy.deepcopy(student.eval()).to(at), a, tokenizer))
+    if a.command == "prune":
+        price("pruned")
+    student = student.to(at.device)
     with contextlib.suppress(KeyboardInterrupt):           # keep what was learnt
         fit(student.train(), lambda ids: distillation_loss(teacher, student, ids),
-            open_tokens(a, "train", tokenizer), c.context_length, 60 * a.minutes, seed=a.seed)
-    rows.append(price_row(f"distilled, {a.minutes:g} min", student.eval(), a, tokenizer))
+            open_tokens(a, "train", tokenizer), c.context_length, 60 * a.minutes, seed=a.seed,
+            half=at.dtype == torch.bfloat16)
+    price(f"distilled, {a.minutes:g} min")
     M.table("A smaller model (held-out text; one text at a time)", PRICE, rows)
     os.makedirs(a.out, exist_ok=True)
     path = os.path.join(a.out, "checkpoint.pt")
@@ -1931,11 +1945,15 @@ def demo_model(a):
     return model.eval(), tokens
 
 
-def machine():
-    """(FLOP/s, bytes/s) of this CPU in fp32, measured: a square product, and a matrix times a vector."""
-    m, v = torch.randn(1024, 1024), torch.randn(8192, 4096)
-    products, reads = (min(timeit.repeat(f, number=1)) for f in (lambda: m @ m, lambda: v @ v[0]))
-    return 2 * 1024**3 / products, v.nbytes / reads
+def machine(at):
+    """(FLOP/s, bytes/s) of the device and type of tensor `at`, measured: a square product, and a matrix times
+    a vector."""
+    cpu = at.device.type == "cpu"
+    n, (rows, columns) = (1024, (8192, 4096)) if cpu else (8192, (65536, 16384))
+    m, v = (torch.randn(shape, device=at.device, dtype=at.dtype) for shape in ((n, n), (rows, columns)))
+    products, reads = (min(timeit.repeat(lambda: f()[0, 0].item(), number=1))    # .item() waits for a GPU
+                       for f in (lambda: m @ m, lambda: v @ v[:1].T))
+    return 2 * n**3 / products, v.nbytes / reads
 
 
 def race(run, prompts, limits):
@@ -1961,7 +1979,7 @@ def demo(a):
     c, plain = model.config, copy.deepcopy(model)
     tune(model)
     small = tune(quantize_model(copy.deepcopy(plain), "int8"))
-    flops, bandwidth = machine()
+    flops, bandwidth = machine(example(plain))
     params, T, n = M.num_params(c), min(c.context_length // 3, 96), min(64, c.context_length // 2)
     rng = random.Random(a.seed)
 
@@ -1969,8 +1987,11 @@ def demo(a):
         at = rng.randrange(len(tokens) - n)
         return [int(i) for i in tokens[at:at + n]]
 
-    def floor(B, S, rows=1):                               # seconds: the slower of reading and computing
-        return max((4 * params + B * M.state_bytes(c, S, 4)) / bandwidth, 2 * params * B * rows / flops)
+    def floor(B, S, rows=1, run=None):                     # seconds: the slower of reading and computing
+        engine, number = isinstance(run, Engine), example(plain).itemsize    # bytes of a cached number
+        number = 1 + 4 / c.head_dim if engine and run.pool.int8 else number
+        weights = model_bytes(run.model if engine else plain)
+        return max((weights + B * M.state_bytes(c, S, number)) / bandwidth, 2 * params * B * rows / flops)
     one, shared = [text(T)], text(T)
     mixed = [(shared if i % 2 else []) + text(rng.randrange(4, T // 2)) for i in range(24)]
     limits = [rng.randrange(4, n) for _ in mixed]
@@ -1993,8 +2014,8 @@ def demo(a):
         count, fed = sum(map(len, texts)), sum(map(len, prompts))
         same = sum(x == y for a, b in zip(texts, want.setdefault(len(prompts), texts)) for x, y in zip(a, b))
         S = T if prompts is one else fed // len(prompts) + n // 2
-        least = count * floor(1, S, rows=S) if "no cache" in name else (
-            2 * params * fed / flops + count / B / per_pass * floor(B, S))
+        least = count * floor(1, S, S) if "no cache" in name else (
+            2 * params * fed / flops + count / B / per_pass * floor(B, S, 1, run))
         rows.append([name, f"{count / least:,.0f}", f"{count / seconds:,.0f}", f"{seconds / count * 1e3:.2f}",
                      f"{first * 1e3:.0f}" if first else "-", f"{most / 1e6:.1f}" if most else "-",
                      f"{per_pass:.2f}", f"{same / count:.0%}"])
@@ -2051,7 +2072,8 @@ FLAGS = {
     "k": dict(type=int, default=3, help="tokens drafted at a time"),
     "max_batch": dict(type=int, default=16, help="requests decoded together"),
     "block_size": dict(type=int, default=16, help="tokens a cache block; 0: one contiguous block a request"),
-    "num_blocks": dict(type=int, default=0, help="cache blocks; 0: enough for max_batch full contexts"),
+    "num_blocks": dict(type=int, default=0, help="cache blocks; 0: enough for max_batch full "
+                                                  "contexts, at most 4 GB"),
     "chunk": dict(type=int, default=256, help="prompt tokens fed between two decoding steps"),
     "host": dict(default="127.0.0.1", help="address to listen on"),
     "port": dict(type=int, default=8000, help="TCP port; 0: any free one"),
