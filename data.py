@@ -36,7 +36,7 @@ You should see (CPU; shortened)
        planted   should go at   pages    gone   where
        good      -                292   33.9%   kept 193, a copy 62, quality 23, rules 14
        shuffled  quality           73   90.4%   quality 64, kept 7, rules 2
-       filters: precision 0.934; duplicates: recall 0.976, precision 1.000 (124 spare copies, 3 left, ...
+       filters: precision 0.895; duplicates: recall 0.976, precision 1.000 (124 spare copies, 3 left, ...
                                                              predicted  measured
        pairs of J = 0.8 that share one of 14 bands of 8          0.924     0.927
        error of the estimate from 112 MinHashes, J = 0.9        0.0283    0.0283
@@ -49,10 +49,10 @@ Outline  1 WARC     2 HTML to text     3 language     4 personal data     5 rule
          11 the pipeline     12 planted rubbish, and the proof     13 demo and command line     14 sentences
          On a first reading: 2, 5, 9, 11.
 
-Notes    Tokens: the Pile 275 billion, LLaMA 1.2 trillion, Dolma 3, Nemotron-CC 6.3, FineWeb 15. Pages that a
-         model rephrased or turned into questions and answers are one more source for `mix`. Who can edit
-         pages just before a crawl can plant text in every model (poisoning). robots.txt says who may fetch, a
-         licence who may copy, fair use is judged case by case: no filter here does that for you.
+Notes    Tokens: the Pile 275 billion, LLaMA 1.4 trillion, Dolma 3, Nemotron-CC 6.3, FineWeb 15. Pages that a
+         model rephrased or turned into questions and answers are one more source for `mix`. Whoever
+         can edit pages just before a crawl can plant text in every model (poisoning). robots.txt says who may
+         fetch, a licence who may copy, fair use is judged case by case: no filter here does that for you.
 
 References  Rae et al. 2021 (Gopher), Raffel et al. 2020 (C4), Wenzek et al. 2020 (CCNet), Joulin et al. 2016
          (fastText), Chen & Goodman 1998, Heafield et al. 2013 (Kneser-Ney, KenLM), Xie et al. 2023 (DSIR),
@@ -95,7 +95,10 @@ MAX_SKIP = 64 << 20                                  # bytes inflated only to be
 MAX_WASTE = 1 << 28                                  # bytes read in vain, a file; then the rest is given up
 MAX_TAGS = 300_000                                   # tags read of a page; real ones have a few thousand
 CODE, MIX = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)       # odd, their bits well spread
-WORD = re.compile(r"\w+|[^\w\s]")                    # a word or a sign
+# Accents, points, vowel signs from Latin to Tibetan, but for Thai and Lao: \w alone cuts Hindi at each one.
+MARKS = "".join(c for c in map(chr, (*range(0x300, 0xE00), *range(0xF00, 0x1000)))
+                if unicodedata.category(c)[0] == "M")
+WORD = re.compile(rf"[\w{MARKS}]+|[^\w\s]")           # a word or a sign
 
 
 def ngram_hashes(values, longest):
@@ -244,15 +247,18 @@ def next_record(buf, at, final, max_record):
 
 
 def payload(record, limit=MAX_RECORD):
-    """The body with the transfer's packing undone: chunks joined, gzip inflated, within `limit` bytes."""
+    """(the body with the transfer's packing undone: chunks joined, gzip inflated, at most `limit` bytes; ""),
+    or (b"", "packed as br") where that cannot be undone."""
     body, http = record.body, record.http
     if "chunked" in http.get("transfer-encoding", "").lower():
         body = dechunk(body)
     packing = http.get("content-encoding", "").lower()
-    if packing in ("gzip", "x-gzip", "deflate"):
-        with contextlib.suppress(zlib.error):        # crawlers often unpack it and leave the field
-            return zlib.decompressobj(47 if packing != "deflate" else 15).decompress(body, limit)
-    return body
+    if packing in ("", "identity") or not re.search(rb"[\0-\x08\x10-\x1a]", body[:1000]):
+        return body, ""                              # crawlers often unpack it and leave the field
+    for bits in (47, -15) if packing in ("gzip", "x-gzip", "deflate") else ():
+        with contextlib.suppress(zlib.error):        # gzip or zlib; or deflate without a head, as some do
+            return zlib.decompressobj(bits).decompress(body, limit), ""
+    return b"", f"packed as {packing}"
 
 
 def dechunk(body):
@@ -293,9 +299,14 @@ TAG = re.compile(
     rf"(?=[\s/>]){ATTRIBUTES}(?:>[^<]*+(?:<(?!/\1[\s/>])[^<]*+)*+(?:</\1{ATTRIBUTES}(?:>|\Z)|\Z)|\Z))"
     rf"|(/?[a-zA-Z][^\s/>]*+)({ATTRIBUTES})(?:>|\Z)"  # any other tag: its name, its attributes
     r"|[!?/][^>]*+(?:>|\Z))")                        # <!DOCTYPE html>, <?xml ?>, </>
-HIDDEN = re.compile(r"""(?i)\shidden(?=[\s=/]|\Z)|display\s*:\s*none|visibility\s*:\s*hidden"""
+# What hides an element, or says that it is no part of the text: HIDDEN is a quick look for such words in a
+# page or a tag, HIDING what the value of an attribute must hold.
+HIDDEN = re.compile(r"""(?i)\shidden(?=[\s=/>]|\Z)|display\s*:\s*none|visibility\s*:\s*hidden"""
                     r"""|aria-hidden\s*=\s*["']?true"""
                     r"""|role\s*=\s*["']?(?:navigation|search|banner|contentinfo)""")
+HIDING = {"hidden": "", "aria-hidden": "^true", "role": r"^(?:navigation|search|banner|contentinfo)(?:\s|$)",
+          "style": r"(?<![\w-])(?:display\s*:\s*none|visibility\s*:\s*hidden)"}
+ATTRIBUTE = re.compile(r"""([^\s=/]++)(?:\s*+=\s*+(?:"([^"]*+)"?|'([^']*+)'?|(\S*+)))?+""")      # name, value
 # Characters that no page may hold stand for layout until the white space of the source is collapsed:
 LINE, PARAGRAPH, BREAK, BLANK, TAB, ITEM = "\x01\x02\x03\x04\x05\x06"
 BLOCKS = {**dict.fromkeys("p h1 h2 h3 h4 h5 h6 table".split(), PARAGRAPH), "br": BREAK, "td": TAB, "th": TAB,
@@ -312,7 +323,8 @@ GAP = re.compile(f"[{LINE}{PARAGRAPH}{BREAK}][ {TAB}{LINE}{PARAGRAPH}{BREAK}]*")
 
 def html_to_text(page):
     """Markup -> text: paragraphs and headings apart by an empty line, "  \u2022 " items, cells apart by tabs;
-    scripts, navigation, hidden elements, form fields, images dropped; white space collapsed outside <pre>."""
+    title, scripts, navigation, asides, buttons, dialogs, form fields, images (and SVG), formulas (MathML) and
+    hidden elements dropped; white space collapsed outside <pre>."""
     page = CONTROLS.sub("", page) if CONTROLS.search(page) else page
     if page.count("<") > MAX_TAGS:                   # hostile: a second and 100 MB are enough for one page
         page = page[:-len(page.split("<", MAX_TAGS)[-1]) - 1]
@@ -328,7 +340,8 @@ def html_to_text(page):
             if depth:
                 continue
             skip = ""
-        if name in BOILERPLATE or may_hide and attributes and HIDDEN.search(attributes) and name[0] != "/":
+        suspect = may_hide and attributes and HIDDEN.search(attributes) and name[0] != "/"
+        if name in BOILERPLATE or suspect and hides(attributes):
             if name not in VOID and not attributes.endswith("/"):
                 skip, depth = name, 1
                 continue
@@ -343,6 +356,12 @@ def html_to_text(page):
             pre = name == "pre"
         out.append(text.expandtabs(4).replace("\n", BREAK).replace(" ", BLANK) if pre else text)
     return tidy("".join(out))
+
+
+def hides(attributes):
+    """True for <p hidden>, but not for <p title="The hidden costs">, in which HIDDEN finds a word, too."""
+    return any(name.lower() in HIDING and re.search(HIDING[name.lower()], "".join(value), re.I)
+               for name, *value in ATTRIBUTE.findall(attributes))
 
 
 def bullet(name, lists):
@@ -375,7 +394,7 @@ def tidy(text):
 DECLARED = re.compile(rb"""(?i)<(?:meta[^>]{0,200}?charset|\?xml[^>]{0,80}?encoding)\s*=\s*["']?"""
                       rb"([\w-]{2,20})")
 LEGACY = ("cp1252", "cp1251", "shift_jis", "euc_jp", "gb18030", "big5", "euc_kr", "iso8859_7", "cp1255",
-          "cp1256")
+          "cp1256", "cp1250", "iso8859_2", "koi8_u", "cp1254")           # the first of equals is taken
 
 
 def decode(data, declared=""):
@@ -421,7 +440,7 @@ def letters(text):
     text = text.lower()
     for script in ("[\uac00-\ud7a3]", "[\u4e00-\u9fff]", "[\u30a1-\u30ff]"):
         text = re.sub(script, script[1], text)
-    return " " + " ".join(re.findall(r"[^\W\d_]+", text)) + " "
+    return " " + " ".join(re.findall(rf"[^\W\d_]+(?:[{MARKS}]+[^\W\d_]*)*", text)) + " "
 
 
 def ngram_rows(text):
@@ -458,7 +477,7 @@ def identify_language(text, model=None):
 
     model: what load_lid returned, for 176 languages. Reliable from about 60 characters on; short lines,
     code and formulas are not a language and get one all the same, often with a low score."""
-    text = text[:1000]                               # more changes nothing
+    text = text[:1000]                               # the beginning decides
     if model:
         return model(text)
     sample, (codes, _, known) = [c for c in text if c.isalpha()][:200], language_table()
@@ -471,11 +490,13 @@ def identify_language(text, model=None):
 
 def plausibility(text):
     """How much a decoding looks like a language, for decode: its score, less something for Han and Hangul,
-    which `letters` makes too easy, and much for every character never met."""
+    which `letters` makes too easy, and for a Latin letter beside one from Greek to Arabic ("cafй" is cp1252
+    read as cp1251), and much for every character never met."""
     known = language_table()[2]
     strange = sum(7 if c not in known else 2 * ("\u4e00" <= c <= "\ud7a3")
                   for c in text.lower() if not c.isascii())
-    return language_scores(text).max() - strange
+    mixed = len(re.findall("[a-z][\u0370-\u06ff]|[\u0370-\u06ff][a-z]", text.lower()))
+    return language_scores(text).max() - strange - 2 * mixed
 
 
 def load_lid(path):
@@ -532,23 +553,25 @@ def replace_spans(text, spans, mask):
 def mask_emails(text):
     """The "@" and its domain are found first: what stands before is then read backwards."""
     def spans():
+        last = 0                                     # where the last address ends: the next begins behind it
         for found in DOMAIN.finditer(text):
             at = found.start()
-            before = LOCAL.match(text[max(0, at - 65):at][::-1])[0]
+            before = LOCAL.match(text[max(last, at - 65):at][::-1])[0]
             local = before.rstrip(".")               # reversed: dots at the left do not belong to it
             if local and before[0] != "." and len(before) < 65:
-                yield at - len(local), found.end()
+                last = found.end()
+                yield at - len(local), last
     return replace_spans(text, spans(), "|||EMAIL_ADDRESS|||")
 
 
 def mask_phone_numbers(text):
-    """An international number has 8 to 15 digits (E.164)."""
+    """At most 15 digits (E.164); fewer than 8 are taken for something else."""
     spans = (m.span(1) for m in PHONE.finditer(text) if 8 <= sum(map(str.isdigit, m[1])) <= 15)
     return replace_spans(text, spans, "|||PHONE_NUMBER|||")
 
 
 def mask_ips(text):
-    """IPv4 and IPv6. 256.1.1.1, 1.2.3.4.5, v1.2.3.4 and 12:30:45 are none."""
+    """IPv4 and IPv6. 256.1.1.1, 1.2.3.4.5, v1.2.3.4 and 12:30:45 are not addresses."""
     text, four = replace_spans(text, (m.span(1) for m in IPV4.finditer(text)), "|||IP_ADDRESS|||")
 
     def spans():
@@ -556,7 +579,7 @@ def mask_ips(text):
             at = colons.start()
             before = re.match("[0-9a-fA-F]*", text[max(0, at - 4):at][::-1])
             if match := IPV6.match(text, at - before.end()):
-                with contextlib.suppress(OSError):                       # what is none
+                with contextlib.suppress(OSError):                       # not an address after all
                     socket.inet_pton(socket.AF_INET6, match[0])
                     yield match.span()
     text, six = replace_spans(text, spans(), "|||IP_ADDRESS|||")
@@ -579,7 +602,7 @@ MASKS = {"emails": mask_emails, "cards": mask_cards, "phones": mask_phone_number
 
 
 def mask_pii(text):
-    """text -> (masked, {kind: how many}). A second pass finds nothing: a mask holds no digit and no "@"."""
+    """text -> (masked, {kind: how many}). A second pass finds nothing in ordinary text."""
     counts = {}
     for kind, mask in MASKS.items():
         text, counts[kind] = mask(text)
@@ -595,7 +618,7 @@ STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 
 
 def gopher_quality(text, english=True):
-    """"" or the rule that the page breaks (Rae et al. 2021, table A1). Words are what blanks separate."""
+    """"" or the rule that the page breaks (Rae et al. 2021, appendix A.1). Words are what blanks separate."""
     words, lines = text.split(), [line.strip() for line in text.splitlines()] or [""]
     n = len(words)
     if not 50 <= n <= 100_000:
@@ -627,7 +650,7 @@ DUPLICATE_NGRAM = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 def gopher_repetition(text):
-    """"" or the rule that the page breaks (the same table): it says the same thing again and again. Shares
+    """"" or the rule that the page breaks (table A1 there): it says the same thing again and again. Shares
     are of characters unless "of lines"."""
     for name, end, most, most_characters in DUPLICATES:
         parts, first = re.split(end, text.strip()), {}
@@ -673,9 +696,10 @@ def c4_rules(text):
 
 # --- 6. a classifier ----------------------------------------------------------------------------------------
 # fastText (Joulin et al. 2016): a text is the mean of the rows of its words and word pairs, a matrix turns
-# the mean into labels. There are as many pairs as pages, so all share a fixed number of rows by their hash: H
-# (rows + labels) parameters, whatever the vocabulary. Good pages are those that people chose (Wikipedia's
-# references, upvoted links), bad ones any others; the model learns what tells them apart, good taste or not.
+# the mean into labels. There are too many pairs to give each a row, so words and pairs share a fixed number
+# of rows by their hash: dim x (rows + labels) parameters, whatever the vocabulary. Good pages are those that
+# people chose (Wikipedia's references, upvoted links), bad ones are any others; the model learns what tells
+# them apart, good taste or not.
 
 class TextClassifier:
     """fit(texts, labels), classify(text) -> (label, score in 0..1), save and load.
@@ -974,16 +998,18 @@ def jaccard(a, b):
     return common / max(1, len(a) + len(b) - common)
 
 
-NO_BLANKS = "\u0e00-\u0eff\u3040-\u30ff\u4e00-\u9fff"                # Thai, Lao, Kana, Han
+NO_BLANKS = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u4e00-\u9fff"  # South-east Asia; Kana, Han
+ACCENTS = f"[{''.join(c for c in MARKS if c < chr(0x780))}\u200c\u200d]"         # up to Syriac; joiners
 
 
 def normal_words(text):
-    """Lower case, no accents (NFD splits them off), no signs; characters where no blanks are written."""
+    """Lower case, no accents (NFD splits them off), no signs; characters where no blanks are written. Accents
+    are of Latin, Greek, Cyrillic, Hebrew and Arabic: in Hindi and its like, vowels are marks, too."""
     text = text.lower()
     if text.isascii():
         return re.findall(r"\w+", text)
-    text = "".join(c for c in unicodedata.normalize("NFD", text) if not unicodedata.combining(c))
-    return re.findall(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+", text)
+    text = unicodedata.normalize("NFC", re.sub(ACCENTS, "", unicodedata.normalize("NFD", text)))
+    return re.findall(rf"[{NO_BLANKS}]|[^\W{NO_BLANKS}]+(?:[{MARKS}]+[^\W{NO_BLANKS}]*)*", text)
 
 
 def shingles(text, n=5):
@@ -994,7 +1020,7 @@ def shingles(text, n=5):
 
 def minhash(hashes, k, seed=0):
     """k minima over the set, (k,) uint32. Order i is (a_i x + b_i) mod 2^64 >> 32: multiply-shift,
-    2-independent. An empty set gives the largest number throughout."""
+    nearly 2-independent (a is odd). An empty set gives the largest number throughout."""
     a, b = np.random.default_rng(seed).integers(1, 1 << 63, (2, k, 1), dtype=np.uint64)
     a, least = a | np.uint64(1), np.full(k, 0xFFFFFFFF, np.uint64)
     for part in bpe.slices(hashes, 4096):            # bounded memory: k x 4,096 numbers
@@ -1087,7 +1113,7 @@ def meet(keys, values, ranks):
 
 
 def repeated(keys, values, ranks):
-    """(keys that stand more than once anywhere, sorted; the smallest value of each), on every rank."""
+    """(keys that occur more than once anywhere, sorted; the smallest value of each), on every rank."""
     keys, values, begins = meet(keys, values, ranks)
     begins = begins[np.diff(begins, append=len(keys)) > 1]
     found = ranks.gather((keys[begins], values[begins]))
@@ -1174,9 +1200,9 @@ def line_key(line):
 
 
 def exact_line_deduplication(input_files, output_directory, keep_first=False):
-    """Writes every file without the lines that stand more than once in all of them together: every copy goes
-    (menus, footers), or (keep_first) all but the first. An emptied file is still written. Memory: some 50
-    bytes a line. Returns the number of lines dropped."""
+    """Writes every file without the lines that occur more than once in all of them together: every copy goes
+    (menus, footers), or (keep_first, which is the command's default) all but the first. An emptied file is
+    still written. Memory: some 50 bytes a line. Returns the number of lines dropped."""
     paths = bpe.as_paths(input_files)
     targets = output_paths(paths, output_directory)
     keys = np.fromiter((line_key(line) for path in paths for line in binary_lines(path)), np.uint64)
@@ -1231,13 +1257,13 @@ class Bloom:
 
 def paragraph_deduplication(input_files, output_directory, false_positives=1e-6):
     """Writes every file without the paragraphs (between empty lines) that a Bloom filter has seen; returns
-    how many. Memory: 29 bits a line, for there are no more paragraphs; at this rate one in a million new ones
-    is lost by mistake."""
+    how many. Memory: 29 bits a line, since there are at most as many paragraphs as lines; at this rate one in
+    a million new ones is lost by mistake."""
     paths, dropped = bpe.as_paths(input_files), 0
     targets = output_paths(paths, output_directory)
     seen = Bloom(1 + sum(1 for path in paths for _ in binary_lines(path)), false_positives)
     for path, target in zip(paths, targets):
-        parts = re.split(rb"\n\s*\n", path.read_bytes())
+        parts = [part for part in re.split(rb"\n\s*\n", path.read_bytes()) if part.strip()]
         kept = [part for part in parts if not seen.add(b" ".join(part.split()))]
         dropped += len(parts) - len(kept)
         bpe.write_atomic(target, b"\n\n".join(kept))
@@ -1287,9 +1313,9 @@ def mix(sources, stages, total_bytes):
 
     Pre-training takes all there is, mid-training the best and the longest, post-training instructions and
     answers: [(0.9, {"web": 8, "code": 2}), (0.08, {"books": 3, "maths": 2}), (0.02, {"chat": 1})]. The source
-    furthest behind its share of the bytes comes next, so no share is ever off by more than a document; a
-    source that runs out begins again (up to four epochs are nearly as good as new text: Muennighoff et al.
-    2023). No chance is involved: shuffle the sources first."""
+    furthest behind its share of the bytes comes next, so none is ever ahead of its share by more than a
+    document; one that runs out begins again (up to four epochs are nearly as good as new text: Muennighoff
+    et al. 2023). No chance is involved: shuffle the sources first."""
     for name in {name for _, weights in stages for name in weights}:
         if not sources.get(name):
             raise ValueError(f"the mixture names {name!r}, which is empty or not there: "
@@ -1377,7 +1403,7 @@ def documents(path):
     """(name, text or None, flaw) of everything in a file that may be a document: the pages of a WARC, the
     texts of a WET, the lines of a .jsonl, the documents of a text file."""
     name = path.name.lower()
-    if re.search(r"\.(warc|wet|wat)\b", name):
+    if re.search(r"\.(warc|wet|wat)(\.gz)?$", name):
         for record in read_warc(path):
             if record.type in ("response", "conversion", "damaged"):
                 yield record.url or path.name, *page_text(record)
@@ -1388,7 +1414,7 @@ def documents(path):
         try:
             for place, text in parts_of(path):
                 row = json_object(text) if ".jsonl" in path.suffixes else {"text": text}
-                url, text = str(row.get("url", place)), row.get("text")
+                url, text = str(row.get("url") or place), row.get("text")
                 if isinstance(text, str):            # half a surrogate pair, which no file takes, becomes "?"
                     yield *(s.encode("utf-8", "replace").decode() for s in (url, text)), ""
                 else:
@@ -1403,10 +1429,9 @@ def page_text(record):
     charset, text, flaw = charset.strip("\"' ;"), None, record.flaw
     if record.type == "conversion":
         text = decode(record.body)
-    elif record.type == "response" and "html" in media:
-        text = extract_text(payload(record), charset)
-    elif record.type == "response" and "text/plain" in media:
-        text = decode(payload(record), charset)
+    elif record.type == "response" and ("html" in media or "text/plain" in media):
+        body, packed = payload(record)
+        text, flaw = (extract_text if "html" in media else decode)(body, charset), packed or flaw
     else:
         flaw = flaw or "neither HTML nor text"
     return text, flaw
@@ -1822,7 +1847,7 @@ def train_judges(good, rng, folder):
     model with the perplexity that 3% of good text exceeds -> flags of `run`."""
     def fit(texts):
         return KneserNey(3).fit(sentence for text in texts for sentence in plain_sentences(text))
-    # Every text stands in each guise, and as often as it is: so its words say nothing, only their order does.
+    # Every text appears once in each guise, and as often unchanged: its words say nothing, only their order.
     words, kinds = plain_words(good), ("shuffled", "spun", "spam")
     bad = [rubbish(kind, text, rng, words) for text in good for kind in kinds]
     labels = ["high"] * len(bad) + ["low"] * len(bad)
@@ -1876,7 +1901,7 @@ def score_filters(pages, out, paths, log=print):
     spare = sum(len(group) - 1 for group in groups.values())
     left = sum(max(0, len(clean.intersection(group)) - 1) for group in groups.values())
     lost = sum(not clean.intersection(group) for group in groups.values())
-    right = sum(kinds.get(url) != "good" for url in fate)
+    right = sum(kinds.get(url) not in ("good", "copy", "near") for url in fate)
     log(f"filters: precision {right / max(1, len(fate)):.3f}; duplicates: recall "
         f"{1 - left / max(1, spare):.3f}, precision {1 - lost / max(1, len(filtered) - len(clean)):.3f} "
         f"({spare} spare copies, {left} left, {lost} texts lost)")
@@ -2200,7 +2225,8 @@ FLAGS = {
     "--bands": number(14, "LSH bands", 1),
     "--jaccard": number(0.8, "similarity from which two documents count as one", 0, 1),
     "--lines": dict(choices=("keep", "first", "all"), default="first",
-                    help="of lines that stand more than once keep all, the first (default), or none"),
+                    help="lines that occur more than once: keep = leave them, first (default) = keep the "
+                         "first copy, all = drop every copy"),
     "--by": dict(choices=("documents", "lines", "paragraphs"), default="documents", help="what to compare"),
     "--val": files("validation text (without it 5%% of the documents)"),
     "--vocab_size": number(4096, "ids of the tokenizer to train", 257),

@@ -2,7 +2,7 @@
 
 test_data_pipeline.py has the whole pipeline: files, ranks, restarts and the command line.
 """
-import gzip, io, itertools, math, random, re, sys, threading, time
+import gzip, io, itertools, math, random, re, sys, threading, time, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -145,11 +145,20 @@ def test_payload_undoes_chunks_and_gzip():
     def make(body, **fields):
         head = "".join(f"\r\n{name.replace('_', '-')}: {value}" for name, value in fields.items())
         return D.Record("response", "", {}, f"HTTP/1.1 200 OK{head}".encode(), body, "")
-    assert D.payload(make(chunked, transfer_encoding="chunked")) == body
-    assert D.payload(make(body, transfer_encoding="chunked")) == body        # the field lies: left as it is
-    assert D.payload(make(gzip.compress(body), content_encoding="gzip")) == body
-    assert D.payload(make(body, content_encoding="gzip")) == body
-    assert len(D.payload(make(gzip.compress(bytes(10**7)), content_encoding="gzip"), 1000)) == 1000
+    bare = zlib.compressobj(wbits=-15)
+    bare = bare.compress(body) + bare.flush()
+    assert D.payload(make(chunked, transfer_encoding="chunked")) == (body, "")
+    assert D.payload(make(body, transfer_encoding="chunked")) == (body, "")  # the field lies: left as it is
+    for packing, packed in (("gzip", gzip.compress(body)), ("deflate", zlib.compress(body)), ("deflate", bare)):
+        assert D.payload(make(packed, content_encoding=packing)) == (body, "")
+        assert D.payload(make(body, content_encoding=packing)) == (body, "")
+        assert D.payload(make(b"no markup", content_encoding=packing)) == (b"no markup", "")
+    assert len(D.payload(make(gzip.compress(bytes(10**7)), content_encoding="gzip"), 1000)[0]) == 1000
+    assert D.payload(make(bare, content_encoding="br")) == (b"", "packed as br")         # none that we can undo
+    assert D.payload(make(body, content_encoding="br")) == (body, "")
+    assert D.payload(make(gzip.compress(body)[:9] + body, content_encoding="gzip")) == (b"", "packed as gzip")
+    page = make(random.Random(0).randbytes(3000), content_encoding="zstd", content_type="text/html")
+    assert D.page_text(page) == (None, "packed as zstd")
 
 
 # --- HTML ---------------------------------------------------------------------------------------------------
@@ -166,6 +175,12 @@ def test_payload_undoes_chunks_and_gzip():
     ("<nav>a<nav>b</nav>c</nav>d<footer>e</footer><aside>f</aside>", "d"),
     ("<p hidden>a<p>b<div style='display: none'>c<div>d</div></div>e<i aria-hidden=true>f</i>g", "b\neg"),
     ("<img alt=a src=b>c<input value=d hidden>e<br hidden>f", "ce\nf"),
+    ("<div hidden>a</div>b", "b"), ("<div\nclass='a'\tHidden=''>a</div>b", "b"),
+    ("<p x=1 style=color:red;display:none>a</p>b", "b"),
+    ("<i style='a:b; visibility :hidden'>a</i><i role=search>b</i><i role='banner x'>c</i>d", "d"),
+    ('<div title="The hidden costs"><p class="a hidden md:flex">a</p></div>', "a"),      # words of a value hide nothing
+    ("<p style='overflow: hidden !important; backface-visibility: hidden' title='display: none'>a</p>b", "a\n\nb"),
+    ("<i data-role=banner-x>a</i><i role='searchbox' aria-hidden=false>b</i><i alt='x aria-hidden=true'>c</i>", "abc"),
     ("<a title='>' href=\"<p>\">x</a><a title=it's>y</a>", "xy"),
     ("1 < 2 > 0 & 3 <3", "1 < 2 > 0 & 3 <3"),
     ("<TITLE>t</TITLE><SCRIPT>s</Script ><P>x</P", "x"),
@@ -189,7 +204,8 @@ def test_html_agrees_with_resiliparse():
 
 HOSTILE = ["<div>", "<a ", "<", "&#", "<!--", "<![", "a=b ", "</", "<script></script>", "<script>", "<ul><li>", "<svg>",
            "&amp", " x ", "<a x='", '<a x="><', "<p hidden>", "<pre> ", "<td>", "<nav>", "<!-", "=", "<a =", "<br>", "<p/",
-           "</ul>", "<script ", "</script", "<a b=c d='e'", "\x85", "<li><p>"]
+           "</ul>", "<script ", "</script", "<a b=c d='e'", "\x85", "<li><p>", "<a hidden  ", "<i title=' hidden'>", "<i style='display: '",
+           "<i role=banner-x display:none = '"]
 
 
 @pytest.mark.parametrize("unit", HOSTILE)
@@ -211,6 +227,13 @@ def test_hostile_pages_cost_two_seconds_at_most(page):
     ("utf-8", "Größe ½ 日本"), ("utf-8-sig", "Größe"), ("utf-16", "Größe"), ("utf-16-le", "plain ASCII in two bytes each"),
     ("utf-16-be", "plain ASCII in two bytes each"), ("cp1252", "L'été dernier nous étions à la mer, où il faisait chaud"),
     ("cp1252", "a naïve café in English, mostly plain letters and then some more"),
+    ("cp1252", "They met at a café in Zürich; the señor had come from São Paulo with his crêpe."),
+    ("cp1250", "Rano dzieci idą do szkoły, a wieczorem wszyscy jedzą razem."),
+    ("cp1250", "Většina ptáků umí létat, ale někteří žijí na zemi."),
+    ("iso8859_2", "Rano dzieci idą do szkoły, podczas gdy ich rodzice śpią."),
+    ("cp1250", "A legtöbb madár tud repülni, és inkább fut vagy úszik."),
+    ("cp1254", "Kuşların çoğu uçabilir, ancak bazıları koşar ya da yüzer."),
+    ("koi8_r", "Утром дети идут в школу, пока их родители работают."),
     ("cp1251", "Утром дети идут в школу, пока их родители работают."), ("shift_jis", "今日は天気がいいので、公園へ行きました。"),
     ("euc_jp", "今日は天気がいいので、公園へ行きました。"), ("gb18030", "我们今天去公园看花，天气很好，大家都很高兴。"),
     ("euc_kr", "오늘은 날씨가 좋아서 공원에 갔습니다."), ("iso8859_7", "Σήμερα ο καιρός είναι πολύ καλός."),
@@ -313,7 +336,7 @@ E_, P_, I_, C_ = "|||EMAIL_ADDRESS|||", "|||PHONE_NUMBER|||", "|||IP_ADDRESS|||"
     ("write to test@example.com.", f"write to {E_}.", 1), ("a.b-c+d_1@x-y.co.uk, B@C.DE", f"{E_}, {E_}", 2),
     ("me@ @you a@b a@b.c foo@bar..com user@localhost a@@b.com", None, 0), (E_, None, 0),
     ("mailto:jo@example.com?x", f"mailto:{E_}?x", 1), ("x" * 65 + "@example.com", None, 0),
-    ("..dots@example.com", f"..{E_}", 1), ("dot.@example.com", None, 0),
+    ("..dots@example.com", f"..{E_}", 1), ("dot.@example.com", None, 0), ("a@b.com.c@d.com", f"{E_}.{E_}", 2),
 ])
 def test_emails(text, masked, count):
     assert D.mask_emails(text) == (masked or text, count)
@@ -355,7 +378,7 @@ def test_cards_by_checksum():
 
 
 def test_masks_are_idempotent():
-    rng, alphabet = random.Random(0), ["a", "@", ".", "1", "23", "192.0.2.1", "(", ")", "-", "+", ":", " ", "b.com", "\n", "::"]
+    rng, alphabet = random.Random(0), ["a", "@", ".", "1", "23", "192.0.2.1", "(", ")", "-", "+", ":", " ", "b.com", "\n", "::", "c@d.com"]
     for _ in range(3000):
         text = "".join(rng.choices(alphabet, k=rng.randrange(40)))
         once, _ = D.mask_pii(text)
@@ -659,6 +682,16 @@ def test_jaccard_and_shingles():
     assert len(D.shingles(" ".join(words))) == len(grams)
 
 
+def test_words_keep_their_vowel_signs():
+    """Accents go, vowels stay: Python's \\w leaves out those of Hindi, and would make one word of का, की and के."""
+    text = HELD_OUT["hi"]                            # a comma and a full stop in it are no words
+    assert len(D.normal_words(text)) == len(D.letters(text).split()) == len(text.split()) == len(D.WORD.findall(text)) - 2
+    assert len({*map(tuple, map(D.normal_words, ("का", "की", "के", "को", "ක", "ශ්\u200dරී", "か", "が", "กิ", "กี")))}) == 10
+    assert D.normal_words("Е\u0301лка café שָׁלוֹם مُحَمَّد བོད་") == ["елка", "cafe", "שלום", "محمد", "བོད"]
+    assert D.normal_words("にほん go กา မြ") == ["に", "ほ", "ん", "go", "ก", "า", "မ", "ြ"]
+    assert D.WORD.findall("cafe\u0301 कि!") == ["cafe\u0301", "कि", "!"]
+
+
 @pytest.mark.parametrize("k", [112, 128, 256, 500])
 def test_minhash_is_unbiased(k):
     """(estimate - J) / sqrt(J(1-J)/k): mean 0, standard deviation 1."""
@@ -838,9 +871,9 @@ def test_bloom_filter(tmp_path):
     assert not bloom.add(b"x") and bloom.add(b"x") and b"x" in bloom and b"y" not in bloom
     with pytest.raises(ValueError, match="between 0 and 1"):
         D.Bloom(10, 0)
-    paths = write_files(tmp_path / "in", a="p one\n\np two\n\np one", b="p  two\n\n\np three\n")
-    assert D.paragraph_deduplication(paths, tmp_path / "out") == 2
-    assert [p.read_text() for p in sorted((tmp_path / "out").iterdir())] == ["p one\n\np two", "p three\n"]
+    paths = write_files(tmp_path / "in", a="p one\n\np two\n\np one", b="p  two\n\n\np three\n", c="\n\np four\n\n", d=" \n\n", e="")
+    assert D.paragraph_deduplication(paths, tmp_path / "out") == 2           # what is between empty lines is no paragraph
+    assert [p.read_text() for p in sorted((tmp_path / "out").iterdir())] == ["p one\n\np two", "p three\n", "p four", "", ""]
 
 
 # --- decontamination and mixing -----------------------------------------------------------------------------

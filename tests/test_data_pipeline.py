@@ -70,7 +70,10 @@ def test_planted_rubbish_goes_where_it_should(planted, finished):
     table = {line.split()[0]: line for line in shown}
     for kind in ("language", "menu", "repeated", "spam", "test"):
         assert " 100.0%" in table[kind], table[kind]
-    found = re.search(r"precision ([\d.]+); duplicates: recall ([\d.]+)", shown[-1])
+    found, kinds = re.search(r"precision ([\d.]+); duplicates: recall ([\d.]+)", shown[-1]), {url: kind for kind, url, _ in pages}
+    fates = {row["url"] for path in paths for row in rows(D.part_path(out, path).with_suffix(".dropped"))}
+    wrong = sum(kinds.get(url) in ("good", "copy", "near") for url in fates)             # a copy of a good page is good text
+    assert abs(float(found[1]) - (1 - wrong / len(fates))) < 6e-4 and any(kinds.get(url) in ("copy", "near") for url in fates)
     assert float(found[1]) > 0.8 and float(found[2]) > 0.9
 
 
@@ -187,6 +190,8 @@ def test_text_inputs(tmp_path):
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress("é".encode()))
     assert [d[:2] for d in D.documents(tmp_path / "a.jsonl")] == \
         [("u", "one"), ("a.jsonl:2", None), ("a.jsonl:4", None), ("a.jsonl:5", None), ("a.jsonl:6", "two"), ("?", "half ?")]
+    (tmp_path / "a.warc.jsonl").write_text('{"text": "three", "url": null}')             # not a WARC, whatever it is named after
+    assert list(D.documents(tmp_path / "a.warc.jsonl")) == [("a.warc.jsonl:1", "three", "")]
     assert [d[1] for d in D.documents(tmp_path / "b.txt")] == ["x", "y"]
     assert [d[1] for d in D.documents(tmp_path / "c.txt.gz")] == ["é"]
     texts = b"".join(b'{"text": "%d%s"}\n' % (i, b"x" * 100) for i in range(100_000))       # three blocks
