@@ -23,26 +23,27 @@ Run    python ddp.py                                        # the lecture, on tw
        python ddp.py --bench_collectives 1,10,100           # all-reduce and its family, at these megabytes
 
 You should see (two ranks on two cores, 19 s; shortened)
-       Averaging 93 gradients on 2 ranks; a step: computing, 61.7 ms, and what is not hidden of the messages
-                     messages      bytes    counted  ms alone  hidden  ms a step  measured  error, 5 steps
-         naive             93  2,402,560  2,402,560     121.0      0%      182.8     194.3           1e-06
-         flat               1  2,402,560  2,402,560       6.3      0%       68.1      68.4           1e-06
-         overlapped        93  2,402,560  2,402,560      83.3     66%       90.1     162.3           1e-06
-         bucketed          11  2,402,560  2,402,560      18.3     84%       64.7      75.2           1e-06
-       Ranks until averaging shows: 4,000,000 tokens a step, bf16, 396 TFLOP/s
+       Averaging 93 gradients on 2 ranks, 5 steps; ms predicted: computing, 61.7, and messages not hidden
+                     messages  bytes predicted    counted  ms alone  hidden  ms predicted  measured  error
+         naive             93        2,402,560  2,402,560     121.0      0%         182.8     194.3  1e-06
+         flat               1        2,402,560  2,402,560       6.3      0%          68.1      68.4  1e-06
+         overlapped        93        2,402,560  2,402,560      83.3     66%          90.1     162.3  1e-06
+         bucketed          11        2,402,560  2,402,560      18.3     84%          64.7      75.2  1e-06
+       Ranks until averaging shows: 4,000,000 tokens a step, gradients in fp32, 396 TFLOP/s
          wires           bytes/s  ranks
-         NVLink          4.5e+11  4,551
-         PCIe 5 x16      6.0e+10    608
-         InfiniBand NDR  5.0e+10    507
-         10 Gb Ethernet  1.2e+09     13
-       On CPUs messages take time from computing: what the timeline hides saves the waiting alone.
+         NVLink          4.5e+11  2,276
+         PCIe 5 x16      6.0e+10    304
+         InfiniBand NDR  5.0e+10    254
+         10 Gb Ethernet  1.2e+09      7
+
+On CPUs messages also take time from computing, so hiding them saves only the waiting.
 
 Outline  1 eight collectives, counted    2 rings by hand      3 data parallelism, four ways
          4 sequence parallelism          5 what it must cost  6 ranks: started, watched, ended
          7 training                      8 the lecture        9 command line
 
 The principle of both lectures: move as few bytes as you can, over as short a way. An H100 reads its own
-memory at 3.4e12 bytes/s; each step outwards, WIRES below, costs up to a factor of ten.
+memory at 3.4e12 bytes/s; each step outwards (WIRES) costs a factor of ten or less, until Ethernet: forty.
 
 References  Patarasuk & Yuan 2009 (ring all-reduce), Li et al. 2020 (PyTorch DDP: buckets, overlap), Liu et
             al. 2023 (ring attention), Brandon et al. 2023 (striped) and Llama Team 2024 (zig-zag),
@@ -79,8 +80,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # Letters: P ranks, of which C share a sequence; B sequences, T tokens, N query heads, K key/value heads, H
-# head dim, G = N/K. The bytes of a collective are those of the whole tensor: what an all-gather ends with.
-# Messages go by nccl on GPUs and by gloo on CPUs; the code is the same.
+# head dim, G = N/K; n a size: weights, bytes, a rank's tokens. A collective's bytes are those of the whole
+# tensor: what an all-gather ends with. Messages go by nccl on GPUs, by gloo on CPUs; the code is the same.
 
 # Bytes/s one way.
 WIRES = {"NVLink": 4.5e11, "PCIe 5 x16": 6e10, "InfiniBand NDR": 5e10, "10 Gb Ethernet": 1.2e9}
@@ -92,7 +93,7 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 
 # --- 1. eight collectives, counted --------------------------------------------------------------------------
 # A collective is called by all ranks of a group in the same order; a rank that does not come is waited for.
-# Four have a root, whose link is a bottleneck; in the other four all ranks do the same, and those scale.
+# Four have a root, in scatter and gather a bottleneck; in the other four all ranks do the same: they scale.
 
 def eight_collectives(x):
     """x (P,): this rank's numbers -> {name: what this rank holds afterwards}."""
@@ -395,17 +396,19 @@ def passing_blocks(k, v, group):
 
 def attention_scores(q, k, causal):
     """q (B,K,G,T,H), k (B,K,S,H) -> (B,K,G,T,S), fp32 or wider."""
-    s = (q @ k[:, :, None].mT / math.sqrt(q.shape[-1])).to(torch.promote_types(q.dtype, torch.float32))
+    kind = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):     # in bf16 a score of 100 is off by up to a quarter
+        s = q.to(kind) @ k[:, :, None].to(kind).mT / math.sqrt(q.shape[-1])
     return s.masked_fill(torch.ones_like(s[0, 0, 0], dtype=torch.bool).triu(1), -math.inf) if causal else s
 
 
 class RingAttention(torch.autograd.Function):
     """softmax(q k^T / sqrt(H)) v over keys that lie on C ranks. q (B,N,n,H), k and v (B,K,n,H), n = T/C.
 
-    out and log Z are kept as if the softmax ended with the blocks seen so far, and each block mends them.
-    Backward goes round again: with the final log Z each block's probabilities come back exactly, and a
-    block's gradients travel with it until they are home.      Bytes: C-1 blocks forward, 2 (C-1) backward.
-    The scores of a block, n^2/2 a head, are formed in memory: a fused kernel's place is here.
+    out and log Z are kept as if the blocks seen so far were all, and each new block corrects them. Backward
+    goes round again: with the final log Z each block's probabilities come back exactly, and its gradients
+    travel with it until they are home.      Bytes: C-1 blocks forward, 2 (C-1) backward. The scores of a
+    block, n^2/2 a head, n^2 of one's own, are formed in memory: this is where a fused kernel would go.
     """
     @staticmethod
     def forward(ctx, q, k, v, group):
@@ -425,7 +428,7 @@ class RingAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        """p = exp(s - log Z);  dv = p^T dout;  ds = p (dout v^T - delta);  dq = ds k;  dk = ds^T q."""
+        """p = exp(s - log Z); dv = p^T dout; ds = p (dout v^T - delta) / sqrt(H); dq = ds k; dk = ds^T q."""
         q, k, v, out, log_z = ctx.saved_tensors
         q, k, v, dout = (t.to(out.dtype) for t in (q, k, v, dout.unflatten(1, q.shape[1:3])))
         delta = (dout * out).sum(-1, keepdim=True)                           # = sum over keys of p (dout v^T)
@@ -489,7 +492,7 @@ def split_sequences(model, group, way="ring"):
 # --- 5. what it must cost -----------------------------------------------------------------------------------
 
 def all_reduce_bytes(n, P):
-    """Sent by each rank to reduce n bytes. No algorithm needs less."""
+    """Sent by each rank to reduce n bytes. Where the ranks themselves add, no algorithm needs less."""
     return 2 * (P - 1) / P * n
 
 
@@ -502,7 +505,7 @@ def sequence_bytes(c, batch_size, C, way):
     return c.num_layers * 2 * (C - 1) / C * (2 * c.num_heads + 2 * c.kv_heads) * numbers * 4
 
 
-def useful_ranks(tokens, flops, bandwidth, gradient_bytes=2):
+def useful_ranks(tokens, flops, bandwidth, gradient_bytes=4):
     """The largest P whose all-reduce still hides behind the backward pass, 4 FLOPs a weight and token. The
     weights cancel, so the shape does not matter: only more tokens a step, or better wires, feed more
     devices."""
@@ -511,49 +514,54 @@ def useful_ranks(tokens, flops, bandwidth, gradient_bytes=2):
 
 # --- 6. ranks: started, watched, ended ----------------------------------------------------------------------
 # A rank that dies leaves the others in a collective that never ends. gloo then reports a closed socket, nccl
-# nothing for ten minutes, and neither says who. All must end, soon, and name the culprit: torchrun starts
-# them again, from the last checkpoint. What they know of each other stands in a store (keys and values, held
-# by who started them).
+# nothing, and neither says who. All must end, soon, and name the culprit: torchrun starts them again, from
+# the last checkpoint. What they know of each other stands in a store (keys and values, held by whoever
+# started them).
+PATIENT = datetime.timedelta(days=1)                       # a collective's own limit; Watch acts sooner
+
 
 class RankLost(RuntimeError):
     """A rank died, hung or raised. The text names it and its step."""
 
 
 class Watch:
-    """Once a second each rank tells the store that it lives, and where it is. When a collective fails, or
-    this rank does not move for `timeout` seconds, that is enough to find the one that the others wait for."""
+    """Once a second each rank tells the store that it lives, where it is, and since when. When a collective
+    fails, or no rank moves for `timeout` seconds, that is enough to find whom the others wait for."""
     def __init__(self, store, rank, world, timeout=20.0, loud=False):
         self.store, self.rank, self.world, self.timeout, self.loud = store.clone(), rank, world, timeout, loud
         self.beats, self.ended = 0, False
         self.at(0, "starting")                             # before anyone may read it
         threading.Thread(target=self.run, daemon=True).start()
 
-    def at(self, step, phase):
-        """starting (may take any time), computing, waiting for the others, or saving (the others wait)."""
-        self.since, self.step, self.phase = time.monotonic(), step, phase
+    def at(self, step, phase, part=0):
+        """starting (may take any time), computing (micro-batch number `part`), waiting for the others, or
+        saving (the others wait)."""
+        self.since = time.monotonic()                      # first: the other thread may beat at any moment
+        self.step, self.phase, self.part, self.patience = step, phase, part, self.since + self.timeout
         self.beat()
 
     def beat(self):
         self.beats += 1
-        self.store.set(f"beat/{self.rank}", f"{self.beats} {self.step} {self.phase}")
+        facts = self.beats, self.step, self.phase, self.part, time.monotonic() - self.since
+        self.store.set(f"beat/{self.rank}", " ".join(map(str, facts)))
 
     def run(self):
         try:
             while not self.ended:
                 self.beat()
-                if self.phase in ("computing", "waiting") and time.monotonic() - self.since > self.timeout:
+                if self.phase in ("computing", "waiting") and time.monotonic() > self.patience:
                     self.accuse("")
                 time.sleep(1)
-        except Exception:                                  # the store is gone, and who started us: no orphans
-            os._exit(1)
+        except Exception:                                  # the store is gone, and with it whoever started
+            os._exit(1)                                    # us: leave no orphans
 
     def look(self):
         beats = self.store.multi_get([f"beat/{r}" for r in range(self.world)])
-        return [beat.decode().split() for beat in beats]                     # count, step, phase of each rank
+        return [beat.decode().split() for beat in beats]   # of each rank: count, step, phase, part, still
 
     def accuse(self, error):
-        """A second look after three seconds tells who is alive. Of the living, who is behind hangs: at an
-        earlier step than the others, or still computing when they wait."""
+        """A second look after three seconds tells who is alive. Of the living, the one that is behind is the
+        one that hangs: at an earlier step or micro-batch, or still computing when the others wait."""
         before = self.look()
         for _ in range(3):
             time.sleep(1)
@@ -564,13 +572,15 @@ class Watch:
             self.end(f"rank {dead[0]} at step {after[dead[0]][1]} does not answer: it was killed or stopped")
         if error:
             self.end(f"rank {self.rank} at step {self.step} lost the others: {error}")
-        if any(phase == "saving" for _, _, phase in after):
-            self.since = time.monotonic()                  # no fault: wait on
+        still = min(0.0 if phase == "saving" else float(still) for _, _, phase, _, still in after)
+        if still < self.timeout:                           # somebody saves, or moves: wait on
+            self.patience = time.monotonic() + self.timeout - still
             return
-        progress = [(int(step), phase == "waiting") for _, step, phase in after]
-        late, others = progress.index(min(progress)), "" if len(set(progress)) > 1 else " like all others"
-        self.end(f"rank {late} at step {after[late][1]} hangs{others}: {self.timeout:g} s without progress "
-                 f"(--timeout allows more)")
+        progress = [(int(step), phase == "waiting", int(part)) for _, step, phase, part, _ in after]
+        behind = [str(r) for r in range(self.world) if progress[r] == min(progress)]
+        who = f"no rank moves at step {self.step}" if len(behind) == self.world > 1 else \
+            f"rank {' or '.join(behind)} at step {min(progress)[0]} hangs"
+        self.end(f"{who}: {self.timeout:g} s without progress (--timeout allows more)")
 
     def end(self, text, status=1):
         """The first rank to come says its line, all others go in silence. Not sys.exit, which would wait for
@@ -599,7 +609,7 @@ def run_rank(job, args, store, rank, world, local_rank, device="cpu", timeout=20
         if device == "cuda":
             torch.cuda.set_device(local_rank)
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world)
+                                world_size=world, timeout=PATIENT)
         result = job(watch, *args)
         dist.barrier()                                     # nobody hangs up while another still listens
         watch.ended = True
@@ -681,11 +691,12 @@ def check_alike(facts):
 
 # --- 7. training --------------------------------------------------------------------------------------------
 
-def backward(model, ids, positions=None, micro_batch=0, autocast=contextlib.nullcontext):
+def backward(model, ids, positions=None, micro_batch=0, autocast=contextlib.nullcontext, at=lambda i: None):
     """ids (B,T+1), the positions (T,) that this rank works on, None for all -> mean loss; gradients add up in
     .grad. A micro-batch's loss is a mean, so it is divided by their number; the ranks' are averaged later."""
     parts, total = ids.split(micro_batch or len(ids)), 0.0
     for i, part in enumerate(parts):
+        at(i)                                              # tells Watch that this rank moves
         quiet = isinstance(model, NaiveDDP) and i < len(parts) - 1
         with model.no_sync() if quiet else contextlib.nullcontext():
             with autocast():
@@ -780,7 +791,7 @@ class Run:
         self.first = self.restore() if resume else 0       # steps that are done
         self.positions = None                              # all of them
         if C > 1:                                          # all ranks make all groups, their own and others'
-            groups = [dist.new_group(range(i, i + C)) for i in range(0, self.P, C)]
+            groups = [dist.new_group(range(i, i + C), PATIENT) for i in range(0, self.P, C)]
             self.positions = split_sequences(self.model, groups[self.lane], args.attention).to(self.device)
         self.ddp = WAYS[args.way](self.model, args.bucket_mb)
         bf16 = "cuda" in self.device and torch.cuda.is_bf16_supported()
@@ -816,7 +827,8 @@ class Run:
         torch.manual_seed(int(np.random.default_rng([args.seed, step, self.rank]).integers(2**63)))
         first = (step - 1) * args.batch_size + self.lane * self.share
         ids = batch(self.tokens, self.T, first, self.share, args.seed).to(self.device)
-        loss = backward(self.ddp, ids, self.positions, args.micro_batch, self.autocast)
+        loss = backward(self.ddp, ids, self.positions, args.micro_batch, self.autocast,
+                        lambda i: watch.at(step, "computing", i))
         watch.at(step, "waiting")
         norm = update(self.ddp, self.optimizer, args.clip)
         stats = torch.stack((loss / self.P, loss.new_tensor(float(asked))))
@@ -981,10 +993,10 @@ def show_ways(out, steps=5):
         rows.append([name, f"{messages}", f"{all_reduce_bytes(n, P):,.0f}", f"{sent:,.0f}", f"{alone:.1f}",
                      f"{hidden:.0%}", f"{compute + (1 - hidden) * alone:.1f}", f"{times[name]:.1f}",
                      f"{error:.0e}"])
-    show(f"Averaging {len(expected)} gradients on {P} ranks; a step: computing, {compute:.1f} ms, and what "
-         f"is not hidden of the messages",
-         ["", "messages", "bytes", "counted", "ms alone", "hidden", "ms a step", "measured",
-          f"error, {steps} steps"], rows)
+    show(f"Averaging {len(expected)} gradients on {P} ranks, {steps} steps; ms predicted: computing, "
+         f"{compute:.1f}, and messages not hidden",
+         ["", "messages", "bytes predicted", "counted", "ms alone", "hidden", "ms predicted", "measured",
+          "error"], rows)
     if rank == 0:
         plot(os.path.join(out, "ddp.png"), spans)
 
@@ -1054,7 +1066,8 @@ def lecture(watch, args, tokens=4e6, flops=0.4 * 989e12):
     show_rings()
     show_ways(args.out)
     show_sequences()
-    show(f"Ranks until averaging shows: {tokens:,.0f} tokens a step, bf16, {flops / 1e12:.0f} TFLOP/s",
+    show(f"Ranks until averaging shows: {tokens:,.0f} tokens a step, gradients in fp32, {flops / 1e12:.0f} "
+         f"TFLOP/s",
          ["wires", "bytes/s", "ranks"],
          [[name, f"{bandwidth:.1e}", f"{useful_ranks(tokens, flops, bandwidth):,.0f}"]
           for name, bandwidth in WIRES.items()])
@@ -1184,7 +1197,7 @@ def prepare(args, restarted=False):
 
 
 def number_of_start(store, rank, world):
-    """1, or more after restarts, the same on all ranks: torchrun's own count is each host's. The store
+    """1, or more after restarts, on all ranks: torchrun's own count differs from host to host. The store
     outlives a start, and old answers stand in it: so each rank asks under a new name, and rank 0 answers."""
     if rank > 0:
         name = os.urandom(8).hex()
@@ -1212,7 +1225,7 @@ def torchrun_rank(job, args, options):
     if job is train:
         if rank == 0:
             store.set("prepared", json.dumps(prepare(args, restarted)))
-        store.wait(["prepared"], datetime.timedelta(days=1))
+        store.wait(["prepared"], PATIENT)
         more = json.loads(store.get("prepared"))
     return run_rank(job, (args, *more), store, rank, world, int(os.environ["LOCAL_RANK"]), loud=True,
                     **options)

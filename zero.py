@@ -3,7 +3,7 @@ r"""zero.py - lectures 7-8: many devices, each holding a part of the model.
 What   N processes (ranks) train one model; none holds all weights, gradients and optimizer state. ZeRO cuts
        these into N slices; where weights are cut too (FSDP), those of a layer meet just before it computes.
        Tensor parallelism splits every matrix and sends activations; a pipeline gives each rank some layers,
-       expert parallelism some experts. The results are those of one process: the table says how nearly.
+       expert parallelism some experts. The results are those of one process: the table says how closely.
 Why    AdamW in fp32 needs 16 bytes a parameter: 108 GB for 7B, on devices of 80 GB. In data parallelism every
        rank holds all of it, though it needs only a part at a time. What is not held must be sent. This file
        predicts both for each layout, bytes held and bytes sent, and counts them on the running program.
@@ -17,7 +17,8 @@ Equations (n parameters, N ranks, t tensor ranks, p pipeline stages, m micro-bat
                       tensor   4 all-reduces of (B,T,D) a layer;    pipeline  (B,T,D) each way between stages
        y = x W^T      by rows, W = [A; B]: [x A^T | x B^T];   by columns, [A | B]: x1 A^T + x2 B^T, a sum
        bubble         (p-1)/(m+p-1) of a step: the time in which a stage of a pipeline has nothing to do
-       FSDP hides     6nb / (speed FLOP/s) >= 3 * 2n / (far bytes/s): b >= speed/far;  x tensor: speed/(far t)
+       FSDP hides     6nb / speed >= 3 * 2n / far: b >= speed / far;    x tensor: b >= speed / (far t)
+                      (messages in bf16; speed in FLOP/s; far: bytes/s between nodes)
 
 Run    python zero.py                                                 # the lecture: two local ranks
        python zero.py --steps 200 --stage 3                           # train on two local ranks
@@ -46,8 +47,8 @@ Outline  1 what moves       2 one buffer, N slices   3 ZeRO-1, ZeRO-2   4 FSDP  
         14 the lecture     15 command line
 
 References  Rajbhandari et al. 2020 (ZeRO), Zhao et al. 2023 (FSDP), Shoeybi et al. 2019 (tensor parallelism),
-            Korthikanti et al. 2022 (sequence parallelism), Huang et al. 2018 (GPipe), Narayanan et al. 2019
-            (PipeDream: 1F1B), Lepikhin et al. 2020 (GShard).
+            Korthikanti et al. 2022 (sequence parallelism), Huang et al. 2018 (GPipe), Fan et al. 2021 and
+            Narayanan et al. 2021 (1F1B with a flush: DAPPLE, Megatron-LM), Lepikhin et al. 2020 (GShard).
 """
 import contextlib
 import copy
@@ -147,7 +148,8 @@ class DataParallel:
     """Stage 0, the baseline (ddp.py does it well): whole weights, gradients averaged after backward. `alone`:
     parameters that other ranks do not have (experts). Every stage below has these, too:
 
-    finish_gradient_synchronization()   call it after the last micro-batch's backward; every_backward: each's
+    finish_gradient_synchronization()   call it after the last micro-batch's backward pass or, where
+                                        every_backward is True, after each one's
     pieces   (parameter, first, piece): this rank updates `piece`, numbers first, first+1, ... of parameter
     copies   those parameters that every rank of the group updates, whole
     """
@@ -223,7 +225,7 @@ class Flat:
     @torch.no_grad()
     def start_mean(self, grads):
         """Start the reduce-scatter of one gradient a tensor (None is 0) -> a function that waits, and returns
-        this rank's slice of their mean. The sum is in fp32: over many ranks, bf16 would lose its low bits."""
+        this rank's slice of their mean. The sum is in the master weights' dtype, fp32 in this file."""
         buffer = self.buffer()
         for view, g in zip(self.views(buffer), grads):
             view.copy_(g) if g is not None else view.zero_()
@@ -244,8 +246,8 @@ class Flat:
 
 
 class Reducer:
-    """Gradients travel while backward computes: a hook takes each parameter off `missing`, and a buffer that
-    misses none sends its gradients to their owners and frees them. At most two buffers are `flying`."""
+    """Gradients travel while backward computes: a hook takes each parameter off `missing`, and a buffer with
+    none missing sends its gradients to their owners and frees them. At most two buffers are `flying`."""
     def __init__(self):
         self.flying = []
 
@@ -278,6 +280,25 @@ class Reducer:
         self.land()
 
 
+def clip_grad_norm(sharded, most):
+    """As torch's clip_grad_norm_, which would see this rank's part alone; sharded: an optimizer of section 3,
+    or FSDP."""
+    N, sums = dist.get_world_size(sharded.group), sharded.pieces[0][2].new_zeros(1, dtype=torch.float64)
+    grads = [(x.grad, N if p in sharded.copies else 1) for p, _, x in sharded.pieces if x.grad is not None]
+    return clip_all(grads, most, sums, sharded.group)
+
+
+def clip_all(grads, most, sums, group=None):
+    """Scales grads [(gradient, on how many ranks it is), ...] to the l2 norm `most` or less (0: any), all
+    together -> what it was. Ranks add up its square in sums[0], and what else is in `sums` on the way."""
+    sums[0] = sum(g.double().square().sum() / copies for g, copies in grads)
+    dist.all_reduce(sums, group=group)
+    norm = sums[0].sqrt().item()
+    for g, _ in grads:
+        g.mul_(min(1.0, (most or math.inf) / (norm + 1e-6)))
+    return norm
+
+
 # --- 3. ZeRO-1 and ZeRO-2: the optimizer in N parts ---------------------------------------------------------
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -285,6 +306,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         loss.backward()                              every rank on its own tokens
         optimizer.finish_gradient_synchronization()  reduce-scatter: rank r gets the mean of its slice
+        clip_grad_norm(optimizer, 1.0)               if at all; not torch's, which sees this rank's slice
         optimizer.step()                             update it, all-gather the weights
     Sends 2 (N-1)/N of the weights, as plain data parallelism does: an all-reduce is these two halves.
     Where all ranks have the mean gradient already, step() alone will do. A parameter that has no gradient
@@ -294,7 +316,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     every_backward, copies = False, ()
 
     def __init__(self, params, optimizer_cls, group=None, whole=False, **settings):
-        self.optimizer_cls, self.process_group, self.whole = optimizer_cls, group, whole
+        self.optimizer_cls, self.group, self.whole = optimizer_cls, group, whole
         self.inner, self.buckets, self.reducer = None, [], Reducer()         # inner: updates the pieces
         super().__init__(params, settings)                 # calls add_param_group for every group
 
@@ -304,7 +326,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         new = [self.attach(tensors) for tensors in self.bucketed(group["params"])]
         for p in group["params"]:
             if not p.requires_grad:                        # attach() makes the others equal on all ranks
-                dist.broadcast(p.data, group=self.process_group, group_src=0)
+                dist.broadcast(p.data, group=self.group, group_src=0)
         settings = dict(group, params=[x for b in new for _, _, x in b.pieces if x.numel()])
         if self.inner is None:
             self.inner = self.optimizer_cls([settings], **self.defaults)
@@ -329,7 +351,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def attach(self, params):
         """Move weights into one buffer, the same on all ranks, and cut out this rank's pieces."""
-        bucket = Flat(params, self.process_group, self.whole)
+        bucket = Flat(params, self.group, self.whole)
         bucket.weights = bucket.share()
         for p, view in zip(params, bucket.views(bucket.weights)):
             p.data = view
@@ -385,8 +407,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         index, state = {p: i for i, p in enumerate(params)}, {}
         mine = [(index[p], first if per_number(v, piece) else None, k, v.cpu() if torch.is_tensor(v) else v)
                 for p, first, piece in self.pieces for k, v in self.inner.state.get(piece, {}).items()]
-        ranks = [None] * dist.get_world_size(self.process_group)
-        dist.all_gather_object(ranks, mine, group=self.process_group)
+        ranks = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(ranks, mine, group=self.group)
         for i, first, k, v in itertools.chain(*ranks):
             values = state.setdefault(i, {})
             if first is None:                              # Adam's count of steps: the same in all pieces
@@ -484,7 +506,8 @@ class Unit(Flat):
         self.whole.untyped_storage().resize_(0)
 
     def start_mean(self, grads):
-        """All gradients are there: backward is done with these weights. Frozen ones have none to tell by."""
+        """All gradients are there: backward is done with these weights. A unit with frozen parameters cannot
+        tell, and waits for finish_gradient_synchronization()."""
         if all(f.requires_grad for f in self.full):
             self.free()
         return super().start_mean(grads)
@@ -508,6 +531,7 @@ class FSDP(nn.Module):
         optimizer = AdamW(model.parameters())
         loss.backward()
         model.finish_gradient_synchronization()              after every backward pass
+        clip_grad_norm(model, 1.0)                           if at all; not torch's, which sees a part
         optimizer.step()
     Norms and biases, a thousandth of a model, stay whole, and their gradients are averaged. compute_dtype:
     weights are cast before they travel, and autocast runs the products; master weights, gradients and steps
@@ -755,7 +779,7 @@ def pipeline_order(kind, stage, stages, micro_batches):
     """What a stage does: a list of ("F", i) and ("B", i), micro-batch i forward and backward.
 
     gpipe  all forward, then all backward: activations of all m micro-batches wait (Huang et al. 2018)
-    1f1b   each backward as soon as it can: at most stages - stage micro-batches wait (Narayanan et al. 2019)
+    1f1b   each backward as soon as it can: at most stages - stage micro-batches wait (Fan et al. 2021)
     In both, a stage works in m of a step's m+p-1 turns, p = stages: the rest, (p-1)/(m+p-1), is the bubble.
     """
     m = micro_batches
@@ -806,7 +830,7 @@ class Pipeline:
         self.waited += time.perf_counter() - begin
         return x
 
-    def run(self, batches, loss_of):
+    def run(self, batches, loss_of, autocast=contextlib.nullcontext):
         """batches [(ids, targets), ...], loss_of(features, targets) for the last stage. Leaves the gradients
         of the mean loss; returns that loss on the last stage, 0 elsewhere."""
         kept, sends, total, (B, T) = {}, [], 0.0, batches[0][0].shape
@@ -819,9 +843,10 @@ class Pipeline:
                 if not self.first:
                     x = self.receive(like, self.stage - 1, self.group).requires_grad_()
                     self.model.embedding.x = x
-                y = self.model.features(ids)
+                with autocast():
+                    y = self.model.features(ids)
+                    y = loss_of(y, targets) / len(batches) if self.last else y
                 if self.last:
-                    y = loss_of(y, targets) / len(batches)
                     total = total + y.detach()
                 else:
                     sends.append((y, dist.isend(y.detach(), group=self.group, group_dst=self.stage + 1)))
@@ -880,10 +905,11 @@ def remote_experts(moe, group, x, counts):
 
 # --- 8. all together: dp x pp x tp --------------------------------------------------------------------------
 
-def make_mesh(tp, pp):
+def make_mesh(tp, pp, timeout=None):
     """The ranks as a grid dp x pp x tp: dp replicas of the model, each on pp x tp ranks. tp talks most: its
-    ranks are neighbours, in one node. -> {axis: (group, its size, my place)}; "back" is pp once more."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    ranks are neighbours, in one node. -> {axis: (group, its size, my place)}; "back" is pp once more.
+    timeout: the world's, seconds, which torch does not hand on to its groups (they would wait 30 minutes)."""
+    rank, world, limit = dist.get_rank(), dist.get_world_size(), timeout and datetime.timedelta(0, timeout)
     if world % (tp * pp):
         raise ValueError(f"{world} ranks are not a multiple of --tp {tp} x --pp {pp}")
     grid, mesh = np.arange(world).reshape(-1, pp, tp), {}
@@ -893,7 +919,7 @@ def make_mesh(tp, pp):
             continue
         for ranks in np.moveaxis(grid, axis, -1).reshape(-1, grid.shape[axis]).tolist():
             everyone = len(ranks) == world and name != "back"
-            group = dist.group.WORLD if everyone else dist.new_group(ranks)  # all ranks must make all groups
+            group = dist.group.WORLD if everyone else dist.new_group(ranks, limit)    # all make all groups
             if rank in ranks:
                 mesh[name] = group, len(ranks), ranks.index(rank)
     return mesh
@@ -906,7 +932,7 @@ class Trainer:
     weights. (One that does not fit a host's memory would have to be initialised part by part.)
     """
     def __init__(self, model, stage=0, tp=1, pp=1, ep=False, sequence=True, kind="1f1b", compute_dtype=None,
-                 optimizer_cls=torch.optim.AdamW, **settings):
+                 timeout=None, optimizer_cls=torch.optim.AdamW, **settings):
         if stage not in range(4) or (pp > 1 and stage > 1) or (ep and (stage or tp > 1 or pp > 1)):
             raise ValueError(f"--stage {stage} --tp {tp} --pp {pp}{' --ep' * ep} do not go together: stage 0 "
                              f"to 3 with --tp, 0 or 1 with --pp (the others would send weights or gradients "
@@ -914,7 +940,7 @@ class Trainer:
         self.model, self.config, self.compute_dtype, self.steps_done = model, model.config, compute_dtype, 0
         self.asked = self.stop = False                     # is this rank asked to end? is any? see step()
         self.shapes = {n: t.shape for n, t in (*model.named_parameters(), *model.named_buffers())}
-        self.mesh = make_mesh(tp, pp)
+        self.mesh = make_mesh(tp, pp, timeout)
         self.tp, self.dp, group = tp, self.mesh["dp"][1], self.mesh["dp"][0]
         self.split = tensor_parallel(model, self.mesh["tp"][0], sequence) if tp > 1 else {}
         self.split |= expert_parallel(model, group) if ep else {}
@@ -948,16 +974,18 @@ class Trainer:
         size, total = micro_batch or len(ids), 0.0
         if len(ids) % size:
             raise ValueError(f"{len(ids)} sequences a rank are no multiple of --micro_batch {size}")
-        batches, kind = list(zip(ids.split(size), targets.split(size))), ids.device.type
-        with torch.autocast(kind, self.compute_dtype) if self.compute_dtype else contextlib.nullcontext():
-            if self.pipeline:
-                total = self.pipeline.run(batches, self.loss_of)
-            for x, y in batches if not self.pipeline else ():
+        batches, autocast = list(zip(ids.split(size), targets.split(size))), contextlib.nullcontext
+        if self.compute_dtype:                             # of forward passes; backward and its hooks follow
+            autocast = functools.partial(torch.autocast, ids.device.type, self.compute_dtype)
+        if self.pipeline:
+            total = self.pipeline.run(batches, self.loss_of, autocast)
+        for x, y in batches if not self.pipeline else ():
+            with autocast():
                 loss = self.loss(x, y) / len(batches)
-                loss.backward()
-                total = total + loss.detach()
-                if self.sync.every_backward:
-                    self.sync.finish_gradient_synchronization()
+            loss.backward()
+            total = total + loss.detach()
+            if self.sync.every_backward:
+                self.sync.finish_gradient_synchronization()
         if not self.sync.every_backward:
             self.sync.finish_gradient_synchronization()
         return total
@@ -977,14 +1005,11 @@ class Trainer:
         loss = torch.as_tensor(self.gradients(ids, targets, micro_batch), device=ids.device).double()
         grads = [(p.grad, math.prod(self.mesh[a][1] for a in axes))
                  for _, _, p, axes in self.pieces() if p.grad is not None]
-        squares = sum(g.double().square().sum() / copies for g, copies in grads)
-        sums = torch.stack((loss / (self.dp * self.tp), squares, loss.new_tensor(self.asked)))
-        dist.all_reduce(sums)
-        loss, norm, self.stop = sums[0].item(), sums[1].sqrt().item(), sums[2].item() > 0
+        sums = torch.stack((0 * loss, loss / (self.dp * self.tp), loss.new_tensor(self.asked)))
+        norm = clip_all(grads, clip, sums)
+        loss, self.stop = sums[1].item(), sums[2].item() > 0
         if not math.isfinite(loss + norm):
             raise FloatingPointError(f"loss {loss}, gradient norm {norm}: try --resume with a lower --lr")
-        for g, _ in grads:
-            g.mul_(min(1.0, (clip or math.inf) / (norm + 1e-6)))
         for group in self.optimizer.param_groups if lr is not None else ():
             group["lr"] = lr
         self.optimizer.step()
@@ -1004,6 +1029,7 @@ class Trainer:
 # --- 9. sharded checkpoints ---------------------------------------------------------------------------------
 # Every rank writes what it updates, and nothing else: no rank ever holds the whole. Each piece says where in
 # the whole tensor its numbers belong, so that any layout on any number of ranks resumes what any other wrote.
+PATIENT = datetime.timedelta(hours=12)
 
 def positions(shape, split, first, count):
     """Where numbers first .. first+count-1 of a rank's part of a tensor are in the whole one, flat."""
@@ -1028,17 +1054,24 @@ def write_file(path, write):
                       f"some space, or give an --out that all hosts see, then --resume") from e
 
 
-def save_sharded(folder, trainer, **extra):
+def patient_barrier(store):
+    """Disks are slow, and a collective has --timeout seconds."""
+    arrived, N = store.add("arrived", 1), dist.get_world_size()              # in all barriers so far
+    if arrived % N == 0:
+        store.set(f"barrier {arrived // N}", "")
+    store.wait([f"barrier {-(-arrived // N)}"], PATIENT)
+
+
+def save_sharded(folder, trainer, store, **extra):
     """folder/step-S/rank-R-of-N.pt, and whole.json last: without it, or with a file missing or of another
     size, there is no checkpoint. Then older ones are removed."""
     rank, world = dist.get_rank(), dist.get_world_size()
     path = os.path.join(folder, f"step-{trainer.steps_done:08}")
-    patient = dist.new_group(timeout=datetime.timedelta(hours=12), backend="gloo")   # disks are slow
     if rank == 0:
         os.makedirs(path, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):       # of a run that was resumed from before this step
             os.unlink(os.path.join(path, "whole.json"))
-    dist.barrier(patient)
+    patient_barrier(store)
     pieces = {n: dict(first=0, count=t.numel(), split=None, values={"weight": t.flatten()})
               for n, t in trainer.model.named_buffers() if rank == 0}
     for name, first, p, axes in trainer.pieces():
@@ -1048,7 +1081,7 @@ def save_sharded(folder, trainer, **extra):
             pieces[name] = dict(first=first, count=p.numel(), split=trainer.split.get(name), values=values)
     files = [f"rank-{r}-of-{world}.pt" for r in range(world)]
     write_file(os.path.join(path, files[rank]), lambda f: torch.save(pieces, f))
-    dist.barrier(patient)
+    patient_barrier(store)
     if rank == 0:
         about = dict(extra, step=trainer.steps_done, config=dataclasses.asdict(trainer.config),
                      shapes={n: list(shape) for n, shape in trainer.shapes.items()},
@@ -1057,8 +1090,7 @@ def save_sharded(folder, trainer, **extra):
         for name in os.listdir(folder):
             if name.startswith("step-") and name != os.path.basename(path):
                 shutil.rmtree(os.path.join(folder, name), ignore_errors=True)
-    dist.barrier(patient)
-    dist.destroy_process_group(patient)
+    patient_barrier(store)
 
 
 def checkpoints(folder):
@@ -1109,7 +1141,7 @@ class ShardedCheckpoint:
         return found
 
     @torch.no_grad()
-    def load(self, trainer):
+    def load(self, trainer, store):
         state = {}
         for name, first, piece, _ in trainer.pieces():
             at = positions(trainer.shapes[name], trainer.split.get(name), first, piece.numel())
@@ -1120,6 +1152,7 @@ class ShardedCheckpoint:
         put_state(trainer.updater, state)
         for name, buffer in trainer.model.named_buffers():
             buffer.copy_(self.whole(name)["weight"])
+        patient_barrier(store)                             # others may still read
         if isinstance(trainer.optimizer, ShardedOptimizer):
             trainer.optimizer.gather_weights()
         trainer.steps_done = self.about["step"]
@@ -1266,16 +1299,17 @@ def shape_of(n, context_length=4096):
 
 
 def fsdp_tp_limit(n, D, L, speed, near, far):
-    """FSDP between nodes x tensor parallelism within (near: inside one) -> (t, b, b if messages take turns):
-    from b tokens a GPU and micro-batch on products take longer than messages; t tensor ranks make b least.
+    """FSDP between nodes (far) x tensor parallelism within (near) -> (t, b, b if messages take turns): from b
+    tokens a GPU and micro-batch on products take longer than messages; t is the number of tensor ranks for
+    which b is smallest.
     Seconds, with n bf16 weights in L layers, speed in FLOP/s, near and far in bytes/s, (N-1)/N taken as 1:
         products     6 n b / speed
         FSDP         2 n / t bytes, gathered twice and their gradients scattered:   3 * 2 n / t / far
         tensor       four all-reduces a layer of a replica's (b t, D):              4 L * 2 * 2 b t D / near
     products >= FSDP from b = speed / (far t) on; products >= tensor, whatever b is, up to
-    t = 3 n near / (8 L D speed): this t needs the fewest tokens, if both kinds travel at the same time.
-    In turn: products >= FSDP + tensor >= 2 sqrt(FSDP tensor), from which t cancels. At the smallest b all are
-    equal: FSDP = tensor = products / 2, with t / 2 ranks and 4 b."""
+    t = 3 n near / (8 L D speed): with this t the fewest tokens are needed, if both kinds travel at the same
+    time. If they take turns: products >= FSDP + tensor >= 2 sqrt(FSDP tensor), from which t cancels. At the
+    smallest b all are equal: FSDP = tensor = products / 2, with t / 2 ranks and 4 b."""
     t = 3 * n * near / (8 * L * D * speed)
     b = speed / (far * t)
     return t, b, 4 * b
@@ -1354,7 +1388,8 @@ def show_plan(args):
 
 def run_rank(job, args, store, rank, world, device="cpu", timeout=20.0, loud=False):
     """Join the group, run job(args, store), leave. The job tells the store its step/RANK. An error ends the
-    process, for the others would wait; who waits longer than `timeout` seconds for another has an error."""
+    process, for the others would wait; who waits longer than `timeout` seconds for another has an error. (In
+    gloo. nccl kills the process that waits: that rank is named then, and not the one that hangs.)"""
     try:
         if device == "cuda":
             torch.cuda.set_device(rank % torch.cuda.device_count())
@@ -1362,9 +1397,7 @@ def run_rank(job, args, store, rank, world, device="cpu", timeout=20.0, loud=Fal
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world, timeout=datetime.timedelta(seconds=timeout))
         job(args, store)
-        if store.add("done", 1) == world:                  # nobody hangs up while another still works
-            store.set("all done", "")
-        store.wait(["all done"], datetime.timedelta(hours=12))
+        patient_barrier(store)                             # nobody hangs up while another still works
         dist.destroy_process_group()
     except Exception as e:
         status = 1
@@ -1375,8 +1408,8 @@ def run_rank(job, args, store, rank, world, device="cpu", timeout=20.0, loud=Fal
 
 
 def blame(e, store, rank, world, loud):
-    """This rank ends with error e. Who did it: a rank that raised, else one that says nothing. The first to
-    come writes that in one line -> exit status."""
+    """This rank ends with error e -> exit status. Whose fault it was: a rank that raised, or else one that
+    does not answer. The first rank to get here writes that in one line."""
     lost = isinstance(e, dist.DistError) or "gloo" in str(e)                 # a collective failed: not me
     user = isinstance(e, (ValueError, OSError)) and store.get(f"step/{rank}") == b"0"    # a mistake of theirs
     text = "" if lost else M.first_line(e) if user else f"{type(e).__name__}: {M.first_line(e)}"
@@ -1449,8 +1482,8 @@ def watch(store, ranks):
 
 
 def number_of_start(store, rank, world):
-    """1, after restarts more, the same on all ranks. torchrun's own count is each host's, and its store
-    outlives a start with all that stands in it: so each rank asks under a new name, and rank 0 answers."""
+    """1, after restarts more, the same on all ranks. torchrun's own count differs from host to host, and its
+    store outlives a start with all that stands in it: so each rank asks under a new name, rank 0 answers."""
     if rank:
         name = os.urandom(8).hex()
         store.set(f"ask/{rank}", name)
@@ -1495,7 +1528,7 @@ def open_data(args, store):
         bpe.prepare(args.out, args.data, vocab_size=c.vocab_size, log=functools.partial(print, flush=True))
         store.set("text", "ready")
     else:
-        store.wait(["text"], datetime.timedelta(hours=12))
+        store.wait(["text"], PATIENT)
     tokenizer = bpe.load_tokenizer(os.path.join(folder, "tokenizer.json"))
     tokens = bpe.load_tokens(os.path.join(folder, "train.bin"), tokenizer)
     if len(tokens) <= c.context_length:
@@ -1506,7 +1539,7 @@ def open_data(args, store):
 
 def set_up(args, store):
     """-> (trainer, facts, tokens, this replica's sequences a step), the same on all ranks or a ValueError.
-    facts {name: value}: what else than the config decides a run's numbers."""
+    facts {name: value}: what resuming may not change, besides the config."""
     tokenizer, tokens = open_data(args, store)
     torch.manual_seed(args.seed)
     model = M.Transformer(M.model_config(args, vocab_size=tokenizer.vocab_size)).to(args.device)
@@ -1522,7 +1555,7 @@ def set_up(args, store):
                  "weights": sum(p.double().sum().item() for p in model.parameters())})
     trainer = Trainer(model, args.stage, args.tp, args.pp, args.ep, kind=args.pipeline, lr=args.lr,
                       compute_dtype=torch.bfloat16 if args.dtype == "bf16" else None, betas=(0.9, 0.95),
-                      weight_decay=args.weight_decay, fused=True)
+                      timeout=args.timeout, weight_decay=args.weight_decay, fused=True)
     unit = trainer.dp * (args.micro_batch or 1)
     if args.batch_size % unit:
         raise ValueError(f"--batch_size {args.batch_size} is no multiple of {trainer.dp} data-parallel ranks "
@@ -1531,15 +1564,24 @@ def set_up(args, store):
     return trainer, facts, tokens, args.batch_size // trainer.dp
 
 
-def resume(trainer, folder, facts):
-    """The layout may change, what decides the numbers may not."""
+def set_aside(folder):
+    """The checkpoint of an earlier run: what a restart finds must be this run's."""
+    if checkpoints(folder):
+        shutil.rmtree(f"{folder}.old", ignore_errors=True)
+        os.replace(folder, f"{folder}.old")
+        print(f"note     the checkpoint of an earlier run is now in {folder}.old  (--resume would have "
+              f"continued it)", flush=True)
+
+
+def resume(trainer, folder, facts, store):
+    """Layout, steps, rates, clipping and precision may change, the model and what it reads may not."""
     checkpoint = ShardedCheckpoint(folder)
     before, now = checkpoint.about | checkpoint.about["config"], facts | dataclasses.asdict(trainer.config)
     odd = [f"{k} {before[k]} there, {v} here" for k, v in now.items() if before.get(k, v) != v]
     if odd:
         raise ValueError(f"{checkpoint.path} is of another run ({'; '.join(odd[:3])}): give that run's "
                          f"flags, or drop --resume")
-    checkpoint.load(trainer)
+    checkpoint.load(trainer, store)
     return f"resumed {checkpoint.path}, written by {len(checkpoint.ranks)} ranks"
 
 
@@ -1551,12 +1593,9 @@ def train(args, store):
     trainer, facts, tokens, share = set_up(args, store)
     T, place = trainer.config.context_length, trainer.mesh["dp"][2]
     if args.resume:
-        say(resume(trainer, folder, facts))
-    elif rank == 0 and checkpoints(folder):
-        shutil.rmtree(f"{folder}.old", ignore_errors=True)
-        os.replace(folder, f"{folder}.old")
-        say(f"note     the checkpoint of an earlier run is now in {folder}.old  (--resume would have "
-            f"continued it)")
+        say(resume(trainer, folder, facts, store))
+    elif rank == 0:
+        set_aside(folder)
     say(f"{M.num_params(trainer.config):,} parameters on {trainer.dp} data x {args.pp} pipeline x {args.tp} "
         f"tensor ranks, stage {args.stage}, seed {args.seed}; a step: {args.batch_size} x {T} tokens")
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1579,7 +1618,7 @@ def train(args, store):
                 say(f"step {step + 1:>6}/{args.steps} | loss {loss:7.4f} | lr {lr:.2e} | gnorm {norm:6.2f} | "
                     f"{ms:7.1f} ms | {tok_s:>9,.0f} tok/s")
             if (step + 1) % args.save_steps == 0 or last:
-                save_sharded(folder, trainer, **facts)
+                save_sharded(folder, trainer, store, **facts)
             if last:
                 break
     if rank == 0:
@@ -1613,7 +1652,8 @@ def lecture_rank(args, store):
         torch.nn.utils.clip_grad_norm_(one.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    trainers = {name: Trainer(fresh(), **layout, **adam) for name, (layout, _) in LAYOUTS.items()}
+    trainers = {name: Trainer(fresh(), timeout=args.timeout, **layout, **adam)
+                for name, (layout, _) in LAYOUTS.items()}
     ms, waits = ({name: [] for name in trainers} for _ in range(2))
     for step, batch in enumerate(batches):
         store.set(f"step/{rank}", str(step + 1))
@@ -1648,8 +1688,8 @@ def lecture_rank(args, store):
 
 
 def lecture(args):
-    args.config = M.model_config(args)
-    launch(lecture_rank, 2, args, timeout=max(60.0, args.timeout))
+    args.config, args.timeout = M.model_config(args), max(60.0, args.timeout)
+    launch(lecture_rank, 2, args, timeout=args.timeout)
     big, worlds = M.ModelConfig(**M.PRESETS["llama2-7b"]), (8, 64, 1024)
     n, whole = M.num_params(big), M.count_params(big)["norms"]
     grid, share = list(itertools.product(range(4), worlds)), args.batch_size // 2
@@ -1767,7 +1807,7 @@ def check(args):
 
 
 def run(args):
-    options = dict(device=args.device, timeout=args.timeout)
+    options, folder = dict(device=args.device, timeout=args.timeout), os.path.join(args.out, "sharded")
     os.makedirs(args.out, exist_ok=True)
     if args.unused and os.environ.get("RANK", "0") == "0":
         print(f"note     {', '.join(args.unused)}: of no effect here")
@@ -1783,7 +1823,10 @@ def run(args):
         store = dist.PrefixStore(f"start {number}", store)                   # old keys are of dead ranks
         if rank == 0:
             again = number > 1 or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-            store.set("again", str(int(again and bool(checkpoints(os.path.join(args.out, "sharded"))))))
+            if not (again or args.resume):                 # train() may be late: this start could fail before
+                set_aside(folder)
+            store.set("again", str(int(again and bool(checkpoints(folder)))))
+        store.wait(["again"], PATIENT)
         args.resume |= store.get("again") == b"1"
         run_rank(train, args, store, rank, world, loud=True, **options)
 

@@ -3,9 +3,10 @@
 Four rank processes live as long as the module; a test runs a function on the first N of them
 (`ranks(N, f, ...)`), each time in a fresh process group on loopback.
 """
-import dataclasses, functools, json, math, multiprocessing, os, random, re, shlex
+import dataclasses, datetime, functools, json, math, multiprocessing, os, random, re, shlex
 import signal, socket, sys, threading, time, traceback
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -186,6 +187,20 @@ def test_low_precision_equals_its_emulation(ranks, dtype):
     equal(ranks(2, together, C, 6, stage=3, compute_dtype=dtype), expected, atol=1e-4)
 
 
+def autocast_in_backward(**layout):
+    """-> is autocast on where gradients are computed?"""
+    trainer, seen = make(C, compute_dtype=torch.bfloat16, **layout), set()
+    for p in trainer.model.parameters():
+        p.register_hook(lambda grad: seen.add(torch.is_autocast_enabled("cpu")))
+    steps(trainer, C, 4, last=1)
+    return seen
+
+
+@pytest.mark.parametrize("layout", [dict(stage=1), dict(pp=2)], ids=str)
+def test_autocast_is_for_forward_alone(ranks, layout):
+    assert ranks(2, autocast_in_backward, **layout) == [{False}, {False}]
+
+
 MOE = dataclasses.replace(C, num_experts=4, experts_per_token=2, shared_experts=1, d_expert=20)
 
 
@@ -199,14 +214,20 @@ def test_experts_equal_one_process(ranks, world, more):
 
 
 def save(c, folder, layout, number):
+    """Without a group of its own: the store is there, and waits as long as a disk needs."""
     trainer = make(c, **layout)
     steps(trainer, c, 12, 0, number)
-    Z.save_sharded(folder, trainer, tokenizer="t")
+    with mock.patch.object(dist, "new_group", None):
+        Z.save_sharded(folder, trainer, dist.distributed_c10d._get_default_store(), tokenizer="t")
 
 
 def go_on(c, folder, layout):
+    """Rank 1 reads when the others have read and wait: not in a collective, which has --timeout seconds."""
     trainer = make(c, seed=1, **layout)                    # other weights, to be overwritten
-    Z.ShardedCheckpoint(folder).load(trainer)
+    store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        store.wait(["arrived"], datetime.timedelta(seconds=30))
+    Z.ShardedCheckpoint(folder).load(trainer, store)
     for _, _, piece, _ in trainer.pieces():                # a slice, not a view that keeps the whole alive
         for v in trainer.updater.state[piece].values():
             assert v.untyped_storage().nbytes() == v.nbytes
@@ -283,6 +304,16 @@ def toy_step(model, optimizer, rank, world, synchronise):
     optimizer.step(closure)
 
 
+def clipping(sharded, synchronise):
+    """-> (what to do between backward and step, the norms that it found)."""
+    norms = []
+
+    def finish():
+        synchronise()
+        norms.append(Z.clip_grad_norm(sharded, 0.2))
+    return finish, norms
+
+
 def toy_fsdp():
     rank, world = dist.get_rank(), dist.get_world_size()
     torch.manual_seed(rank)                                # rank 0's weights count
@@ -291,30 +322,34 @@ def toy_fsdp():
     model = Z.FSDP(toy)
     assert [n for n, _ in toy.named_parameters()] == names and type(toy.head) is torch.nn.Linear
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    finish, norms = clipping(model, model.finish_gradient_synchronization)
     for _ in range(3):
-        toy_step(model, optimizer, rank, world, model.finish_gradient_synchronization)
+        toy_step(model, optimizer, rank, world, finish)
     assert not any(unit.here for unit in model.units)
     whole = model.gather_full_params()
     assert list(whole) == names
-    return whole, None
+    return whole, norms
 
 
 def toy_alone(optimizer_cls, number, **settings):
     torch.manual_seed(0)
     toy = Toy()
-    optimizer = optimizer_cls(toy.parameters(), **settings)
+    optimizer, norms = optimizer_cls(toy.parameters(), **settings), []
 
     def fill():                                            # what took no part has gradient 0
         for p in toy.parameters():
             p.grad = torch.zeros_like(p) if p.requires_grad and p.grad is None else p.grad
+        norms.append(torch.nn.utils.clip_grad_norm_(toy.parameters(), 0.2).item())
     for _ in range(number):
         toy_step(toy, optimizer, 0, 1, fill)
-    return {n: p.detach() for n, p in toy.named_parameters()}, optimizer.state_dict()
+    assert min(norms) > 0.2                                # it has acted
+    return {n: p.detach() for n, p in toy.named_parameters()}, optimizer.state_dict(), norms
 
 
 @pytest.mark.parametrize("world", [2, 3])
 def test_fsdp_wraps_any_module(ranks, world):
-    equal(ranks(world, toy_fsdp), toy_alone(torch.optim.SGD, 3, lr=0.1, momentum=0.9)[0])
+    expected, _, norms = toy_alone(torch.optim.SGD, 3, lr=0.1, momentum=0.9)
+    equal(ranks(world, toy_fsdp), expected, norms)
 
 
 def toy_sharded(cls, state, number):
@@ -330,15 +365,16 @@ def toy_sharded(cls, state, number):
     optimizer.param_groups[0]["lr"] = 0.01                 # as a schedule would
     if saved:
         optimizer.load_state_dict(saved)
+    finish, _ = clipping(optimizer, optimizer.finish_gradient_synchronization)
     for _ in range(number):
-        toy_step(toy, optimizer, rank, world, optimizer.finish_gradient_synchronization)
+        toy_step(toy, optimizer, rank, world, finish)
     assert not any(p.requires_grad is False and p in optimizer.inner.state for p in rest)
     return {n: p.detach().clone() for n, p in toy.named_parameters()}, optimizer.state_dict()
 
 
 @pytest.mark.parametrize("cls", ["ShardedOptimizer", "ZeRO2"])
 def test_state_dict_is_the_unsharded_one_at_any_world_size(ranks, cls):
-    expected, state = toy_alone(torch.optim.AdamW, 4, lr=0.01)
+    expected, state, _ = toy_alone(torch.optim.AdamW, 4, lr=0.01)
     halfway = ranks(3, toy_sharded, cls, None, 2)[2]
     answers = ranks(2, toy_sharded, cls, halfway, 2)
     equal(answers, expected)
@@ -641,6 +677,39 @@ def test_a_lost_rank_ends_all_and_is_named(what, line):
         Z.launch(misbehave, 3, what, timeout=3)
     assert "\n" not in str(e.value) and time.monotonic() - begin < 30
     assert set(multiprocessing.active_children()) <= children
+
+
+def missed_call():
+    """Rank 1 does not come to a collective of its tensor-parallel group -> do ranks 0 hear of it, in time?"""
+    mesh, failed = Z.make_mesh(2, 1, timeout=0.2), False
+    if dist.get_rank() % 2 == 0:
+        try:
+            dist.all_reduce(torch.ones(3), group=mesh["tp"][0])
+        except Exception:
+            failed = True
+    dist.barrier()
+    return failed
+
+
+def test_groups_wait_no_longer_than_the_world(ranks):
+    assert ranks(4, missed_call) == [True, False] * 2
+
+
+def test_a_first_start_that_fails_does_not_let_the_next_resume_an_older_run(tmp_path, monkeypatch):
+    """torchrun's starts, of one rank; what train() would do is left out."""
+    def checkpoint():
+        (folder / "step-7").mkdir(parents=True)
+        (folder / "step-7" / "whole.json").write_text('{"files": {}, "step": 7, "config": 0, "shapes": 0}')
+    folder, store, resumed = tmp_path / "sharded", dist.HashStore(), []
+    for name in ("RANK", "TORCHELASTIC_RESTART_COUNT"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setattr(dist, "rendezvous", lambda _: iter([(store, 0, 1)]))
+    monkeypatch.setattr(Z, "run_rank", lambda job, args, *_, **__: resumed.append(args.resume))
+    for prepare in (checkpoint, lambda: None, checkpoint):  # an earlier run's; none; the second start's own
+        prepare()
+        Z.run(Z.parse_args(["--steps", "9", "--out", str(tmp_path), "--device", "cpu"]))
+    assert resumed == [False, False, True]
+    assert Z.checkpoints(f"{folder}.old")
 
 
 def sleeper(pipe, store):
