@@ -12,8 +12,8 @@ Why    A GPU computes 200 FLOPs in the time in which its memory brings one byte.
 Equations
        time            >= max(FLOPs / peak, bytes / bandwidth)                               (the roofline)
        online softmax  m' = max(m, x);  l' = l exp(m - m') + exp(x - m')                  (rows of any length)
-       attention       O = softmax(S) V,  S = Q K^T / sqrt(H),  L = log sum exp of a row of S
-       its gradient    P = exp(S - L);  dS = P (dO V^T - rowsum(dO O));  dQ = dS K / sqrt(H), dV = P^T dO
+       attention       O = softmax(A) V,  A = Q K^T / sqrt(H),  L = log sum exp of a row of A
+       its gradient    P = exp(A - L);  dA = P (dO V^T - rowsum(dO O));  dQ = dA K / sqrt(H), dV = P^T dO
        cross-entropy   dz = (softmax(z) - onehot) dloss                                      (written over z)
 
 Run    python kernels.py                              # the lecture: a minute on two cores; with a GPU, times
@@ -24,7 +24,7 @@ Run    python kernels.py                              # the lecture: a minute on
 
 You should see (two cores, CPU; shortened)
        operation          FLOPs/byte    fused    limit  us by operators  us fused     (one block, at best)
-       RMSNorm                   0.2      1.0   memory              126        28
+       RMSNorm                   0.1      1.0   memory              280        28
        QKV product           2,234.2  2,234.2  compute              833       833
        attention                41.8  2,048.0  compute            2,740       556
        kernel     error  gradient   bytes, by operators  predicted  counted  ratio  saved  (against float64)
@@ -102,7 +102,7 @@ def check(*tensors, kinds=FLOATS, others=()):
             raise ValueError(f"{show(t)} is not supported here: use {', '.join(str(k)[6:] for k in kinds)}")
     if device.type not in ("cuda", "cpu", "meta"):         # meta: for compiling alone
         raise ValueError(f"triton does not run on {device.type}: use the plain PyTorch version")
-    if device.type == "cuda" and not torch.compiler.is_compiling():          # it was asked before
+    if device.type == "cuda" and not torch.compiler.is_compiling():          # these calls would split a graph
         if torch.cuda.get_device_capability(device) < (8, 0):
             raise ValueError(f"{torch.cuda.get_device_name(device)} is older than sm_80 (Ampere): "
                              f"use the plain PyTorch version")
@@ -168,14 +168,14 @@ def block_operations(c, tokens):
 
     def product(m, n, k):                                  # (m,k) x (k,n)
         return 2 * m * n * k, 2 * (m * k + k * n + m * n), 2 * (m * k + k * n + m * n)
-    return [("RMSNorm", 4 * t * D, 9 * 2 * t * D, 2 * 2 * t * D),
+    return [("RMSNorm", 4 * t * D, 20 * 2 * t * D, 2 * 2 * t * D),
             ("QKV product", *product(t, qkv, D)),
-            ("RoPE", 3 * t * (N + K) * H, 6 * 2 * t * (N + K) * H, 2 * 2 * t * (N + K) * H),
+            ("RoPE", 3 * t * (N + K) * H, 10 * 2 * t * (N + K) * H, 2 * 2 * t * (N + K) * H),
             # Eager writes the scores, masks them, takes the softmax, reads them again: six times N x t x S.
             ("attention", 4 * t * S * N * H, 2 * (6 * N * t * S + t * (qkv + N * H)), 2 * t * (qkv + N * H)),
             ("output product", *product(t, D, N * H)),
             ("FFN products up", *product(t, 2 * F_, D)),
-            ("SwiGLU", 5 * t * F_, 5 * 2 * t * F_, 3 * 2 * t * F_),
+            ("SwiGLU", 5 * t * F_, 8 * 2 * t * F_, 3 * 2 * t * F_),
             ("FFN product down", *product(t, D, F_)),
             ("head product", *product(t, V, D)),
             ("cross-entropy", 5 * t * V, 7 * 4 * t * V, 2 * t * V),
@@ -198,7 +198,7 @@ def load(at, ok, other: tl.constexpr = 0.0):
 def activate(a, GELU: tl.constexpr):
     """-> act(a) and its slope. SiLU and GeLU are both a s(u): u = a, or 2 sqrt(2/pi) (a + 0.044715 a^3) since
     (1 + tanh(u/2))/2 = s(u). The sigmoid as 1/(1 + exp(-u)) stays finite; (e^u - 1)/(e^u + 1), as lectures
-    write tanh(u/2), is NaN from a = 10 on."""
+    write tanh(u/2), is NaN from a = 10.1 on."""
     u, du = a, 1.0
     if GELU:
         u, du = 1.5957691216057308 * (a + 0.044715 * a * a * a), 1.5957691216057308 * (1 + 0.134145 * a * a)
@@ -482,7 +482,8 @@ def rope_kernel(x_ptr, y_ptr, cos_ptr, sin_ptr, xb, xt, xn, yb, yt, yn, tb, T, N
                 HEADS: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)                  # one program a token, all its heads
     b, t = token // T, token % T
-    n, h, j = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :], tl.arange(0, BLOCK // 2)[None, :]
+    n, h = tl.arange(0, HEADS)[:, None].to(tl.int64), tl.arange(0, BLOCK)[None, :]
+    j = tl.arange(0, BLOCK // 2)[None, :]                  # int64: heads may lie far apart
     ok, angle = (n < N) & (h < H), (b * tb + t) * (H // 2) + j
     cos, sin = load(cos_ptr + angle, j < H // 2), load(sin_ptr + angle, j < H // 2) * sign
     x = load(x_ptr + b * xb + t * xt + n * xn + h, ok)
@@ -504,7 +505,7 @@ def rotate(x, cos, sin, sign, inplace=False):
 class Rope(torch.autograd.Function):
     """(x[2j] + i x[2j+1]) exp(i position theta^(-2j/H)).      backward: the turn the other way
     Queries and keys lie side by side in the projection's output: given that slice, one launch turns both.
-    Traffic  1 read, 1 write an element, in place or not, and a small table. Eager in bf16: 4 and 4, wider.
+    Traffic  1 read, 1 write an element, in place or not, and a small table. Eager in bf16: 3 and 3, wider.
     Floor    32 + 8 heads of 128, T = 16384, bf16 at 4.3 TB/s: 78 us."""
     @staticmethod
     def forward(ctx, x, cos, sin, inplace):
@@ -648,25 +649,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         kind, ctx.dtype, (ignore, _, z_weight) = work_dtype(x), w.dtype, options
         low, loss, lse = w.to(kind), *torch.empty(2, len(x), device=x.device)
         dx, dw = (torch.empty_like(x), torch.zeros(w.shape, device=w.device)) if need_grad else (None, None)
-        share = (1.0 / (targets != ignore).sum()).float().expand(len(x)).contiguous()  # of a row in the mean
+        count, ones = (targets != ignore).sum(), torch.ones_like(loss)
         for part in (slice(i, i + chunk) for i in range(0, len(x), chunk)):
             rows = x[part].to(kind)
             z = rows @ low.T                               # (chunk, V)
             loss[part], lse[part] = cross_entropy_forward(z, targets[part], options)
             if need_grad:
-                cross_entropy_backward(z, targets[part], lse[part], share[part], options)
-                dx[part] = z @ low
+                cross_entropy_backward(z, targets[part], lse[part], ones[part], options)
+                dx[part] = z @ low                         # of the sum: a mean's would be 0 in fp16
                 add_product(dw, z.T, rows)
-        ctx.save_for_backward(dx, dw)
-        objective = (loss * share).sum()
-        plain = objective - z_weight * (lse.square() * share).masked_fill(targets == ignore, 0.0).sum()
+        ctx.save_for_backward(dx, dw, count)
+        objective = loss.sum() / count
+        plain = objective - z_weight * lse.square().masked_fill(targets == ignore, 0.0).sum() / count
         ctx.mark_non_differentiable(plain)
         return objective, plain
 
     @staticmethod
     def backward(ctx, grad, _):
-        dx, dw = ctx.saved_tensors                         # scaled in place: torch refuses a second pass
-        return dx.mul_(grad), dw.mul_(grad).to(ctx.dtype), None, None, None, None
+        dx, dw, count = ctx.saved_tensors                  # dw in place: torch refuses a second pass
+        share = grad / count.clamp(min=1)                  # in fp32: loss scaling goes beyond fp16
+        return dx.float().mul_(share).to(dx.dtype), dw.mul_(share).to(ctx.dtype), None, None, None, None
 
 
 def linear_cross_entropy(x, w, targets, ignore_index=-100, label_smoothing=0.0, z_loss=0.0,
@@ -684,7 +686,7 @@ def linear_cross_entropy(x, w, targets, ignore_index=-100, label_smoothing=0.0, 
 
 # --- 6. FlashAttention-2 ------------------------------------------------------------------------------------
 # softmax(q k^T / sqrt(H)) v without the T x S matrix: keys and values pass by in tiles; the online softmax
-# keeps a maximum, a sum and an output a query. Backward the probabilities are computed again, P = exp(S - L),
+# keeps a maximum, a sum and an output a query. Backward the probabilities are computed again, P = exp(A - L),
 # from one saved number a query: L = log sum exp of its scores, natural log.
 
 class TiledAttention(torch.autograd.Function):
@@ -717,7 +719,7 @@ class TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do):
-        """dV = P^T dO,  dP = dO V^T,  dS = P (dP - D),  dQ = dS K / sqrt(H),  dK = dS^T Q / sqrt(H).
+        """dV = P^T dO,  dP = dO V^T,  dA = P (dP - D),  dQ = dA K / sqrt(H),  dK = dA^T Q / sqrt(H).
         D = rowsum(dO O) is rowsum(P dP), which the softmax's gradient needs, known before any tile is."""
         q, k, v, o, L = ctx.saved_tensors
         scale, (T, S) = 1 / math.sqrt(q.shape[-1]), (q.shape[-2], k.shape[-2])
@@ -725,15 +727,15 @@ class TiledAttention(torch.autograd.Function):
         if ctx.is_causal:
             scores = scores.masked_fill(~torch.ones(T, S, device=q.device, dtype=bool).tril(S - T), -math.inf)
         p = torch.exp(scores - L[..., None]).nan_to_num(0.0)                 # a query that sees nothing
-        ds = p * ((do @ v.mT).float() - (do * o).float().sum(-1, keepdim=True)) * scale
-        return ds.to(q.dtype) @ k, ds.to(q.dtype).mT @ q, p.to(do.dtype).mT @ do, None, None
+        da = p * ((do @ v.mT).float() - (do * o).float().sum(-1, keepdim=True)) * scale
+        return da.to(q.dtype) @ k, da.to(q.dtype).mT @ q, p.to(do.dtype).mT @ do, None, None
 
 
 @triton.jit
 def load_rows(ptr, stride, start, rows, BLOCK: tl.constexpr, H: tl.constexpr, BH: tl.constexpr):
     """Rows from `start` on of a (rows, H) matrix -> (BLOCK, BH) in its own type, for tl.dot; zeros beyond it.
-    tl.dot runs on tensor cores. They take no fp32: input_precision="tf32x3" makes of it three products of
-    tf32, exact to some 1e-6; the default, one, is off by 3e-4. To bf16 and fp16 it means nothing."""
+    Tensor cores do not take fp32: input_precision="tf32x3" splits each product into three of tf32, exact to
+    about 1e-6; the default, a single one, is off by 3e-4. For bf16 and fp16 it changes nothing."""
     row, h = tl.arange(0, BLOCK)[:, None], tl.arange(0, BH)[None, :]
     ptr += tl.cast(start, tl.int64) * stride               # row * stride fits in 32 bits: see heads_last
     ok = row < rows - start
@@ -837,8 +839,8 @@ def flash_dq_kernel(q_ptr, k_ptr, v_ptr, o_ptr, do_ptr, lse_ptr, delta_ptr, dq_p
         k, v = load_rows(k_ptr, kt, start, S, BK, H, BH), load_rows(v_ptr, vt, start, S, BK, H, BH)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision="tf32x3") * (scale * LOG2E) - lse[:, None])
         p = tl.where(visible(t[:, None], s[None, :], T, S, CAUSAL, WINDOW), p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="tf32x3") - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
+        da = p * (tl.dot(do, tl.trans(v), input_precision="tf32x3") - delta[:, None])
+        dq = tl.dot(da.to(k.dtype), k, dq, input_precision="tf32x3")
     h, at = tl.arange(0, BH)[None, :], ((b * T + t) * N + n)[:, None] * H
     tl.store(dq_ptr + at + h, dq * scale, mask=(t < T)[:, None] & (h < H))
 
@@ -848,7 +850,7 @@ def flash_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
                      group, scale, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, H: tl.constexpr,
                      BH: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr):
     """A program owns a tile of keys and walks over the queries that see it, for every head of its group: the
-    sums stay in registers, so no atomics. All is transposed, (BK,BQ), so that P^T and dS^T stand on the left
+    sums stay in registers, so no atomics. All is transposed, (BK,BQ), so that P^T and dA^T stand on the left
     of a product, where tensor cores read registers."""
     tile, kv, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     s, shift = tile * BK + tl.arange(0, BK), S - T
@@ -870,8 +872,8 @@ def flash_dkv_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, dk_ptr, dv
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="tf32x3") * (scale * LOG2E) - lse[None, :])
         p = tl.where(visible(t[None, :], s[:, None], T, S, CAUSAL, WINDOW), p, 0.0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="tf32x3")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="tf32x3")
+        da = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
+        dk = tl.dot(da.to(q.dtype), q, dk, input_precision="tf32x3")
     h, at = tl.arange(0, BH)[None, :], ((b * S + s) * tl.num_programs(1) + kv)[:, None] * H
     tl.store(dk_ptr + at + h, dk * scale, mask=(s < S)[:, None] & (h < H))
     tl.store(dv_ptr + at + h, dv, mask=(s < S)[:, None] & (h < H))
@@ -913,7 +915,8 @@ def heads_last(x):
 
 class FlashAttention(torch.autograd.Function):
     """apply(q, k, v, is_causal=False, window=0): (B,T,H), (B,S,H), or (B,N,T,H), (B,K,S,H), K dividing N.
-    FLOPs  4 T S H a head forward, half of it if causal; 10 backward: five products where there were two.
+    FLOPs  4 T S H a head forward, half of it if causal; 10 backward in principle, which rates and floors go
+           by; the two kernels do 14, since both compute A and dP again, rather than use atomics.
     HBM    q, k, v and o once each, where eager writes and reads the T x S matrix several times.
     Floor  causal, H 128, B 4, N 32, T 4096 at 790 TFLOP/s: 0.70 and 1.74 ms."""
     @staticmethod
@@ -1189,7 +1192,7 @@ def grouped_dw_kernel(x_ptr, dy_ptr, ends_ptr, dw_ptr, N, K, BN: tl.constexpr, B
 
 
 class GroupedLinear(torch.autograd.Function):
-    """y_s = x_s W_e^T for rows s sorted by their expert e.      dX = dY W_e,  dW_e = dY_e^T X_e
+    """y_r = x_r W_e^T for rows r sorted by their expert e.      dX = dY W_e,  dW_e = dY_e^T X_e
     A loop launches one small product an expert, one after the other; here the tiles of all are one launch.
     Floor  32768 tokens to 8 experts each, D 2048, F 768, three products at 790 TFLOP/s: 3.1 ms."""
     @staticmethod
@@ -1213,7 +1216,7 @@ def grouped_tile(x):
 
 
 def grouped_product(x, w, ends):
-    """x (S,K), w (E,K,N) of any strides -> (S,N)"""
+    """x (R,K), w (E,K,N) of any strides -> (R,N)"""
     (E, K, N), y = w.shape, torch.empty(len(x), w.shape[2], dtype=x.dtype, device=x.device)
     side, depth, warps = grouped_tile(x)
     tiles = (triton.cdiv(len(x), side) + E) * triton.cdiv(N, side)           # at most: E of them not full
@@ -1223,12 +1226,12 @@ def grouped_product(x, w, ends):
 
 
 def grouped_linear(x, w, ends):
-    """x (S,D) sorted by expert, w (E,F,D), ends (E,) int32, rising to S -> (S,F).
+    """x (R,D) sorted by expert, w (E,F,D), ends (E,) int32, rising to R -> (R,F).
     Expert e has rows ends[e-1] to ends[e]-1."""
     check(x, w, others=[ends])
     expect(x.dim() == 2 and w.dim() == 3 and w.shape[2] == x.shape[1] and x.dtype == w.dtype and
            ends.shape == w.shape[:1] and ends.dtype == torch.int32, "grouped_linear", [x, w, ends],
-           "(S,D), (E,F,D) alike and (E,) int32")
+           "(R,D), (E,F,D) alike and (E,) int32")
     return GroupedLinear.apply(x.contiguous(), w.contiguous(), ends.contiguous())
 
 
@@ -1258,7 +1261,7 @@ def adamw_(p, g, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, 
     """One AdamW step in place over flat fp32 buffers that hold every weight of a model; step counts from 1.
     With `low` the new weights are also written there, in bf16, for a model that computes with those.
     Traffic  4 reads, 3 writes of 4 bytes a weight, 28 bytes (30 with low), in one launch however many tensors
-             there are; a loop over tensors: about 60 bytes, and a dozen launches each.
+             there are; a loop over tensors: 84 bytes, and eight launches each.
     Floor    1.2B weights at 4.3 TB/s: 7.8 ms."""
     buffers = [p, m, v, g] + ([] if low is None else [low])
     check(*buffers)
@@ -1274,8 +1277,8 @@ def adamw_(p, g, m, v, step, lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, 
 # --- 9. the kernels in one table ----------------------------------------------------------------------------
 
 # plain: the same by PyTorch's operators, the oracle. bytes or flops: the least, (forward, backward); what is
-# 0 is not timed.
-Case = namedtuple("Case", "name ours plain inputs bytes flops")
+# 0 is not timed. rate: of the tensor cores, against bf16.
+Case = namedtuple("Case", "name ours plain inputs bytes flops rate", defaults=[1])
 
 
 def cases(device="cpu", dtype=torch.float32, full=False):
@@ -1306,10 +1309,10 @@ def cases(device="cpu", dtype=torch.float32, full=False):
         z = wide(z) - wide(z).amax(-1, keepdim=True)
         return (z.exp().sum(-1).log() - z.gather(-1, t[:, None])[:, 0]).mean()
 
-    def turn(x):
-        return rope(x, *rope_table(torch.arange(x.shape[1], device=device), H))
+    def turn_inputs():                                     # rope_table is not timed: seven small launches
+        return new((B, tokens, N + K, H)) + list(rope_table(torch.arange(tokens, device=device), H))
 
-    def turn_plain(x):
+    def turn_plain(x, *_):                                 # the oracle makes a table of its own
         return M.apply_rope(x.transpose(1, 2), torch.arange(x.shape[1], device=device)).transpose(1, 2)
 
     def attend_plain(q, k, v):
@@ -1349,7 +1352,7 @@ def cases(device="cpu", dtype=torch.float32, full=False):
         Case("RMSNorm", rms_norm, norm_plain, lambda: new((R, D), (D,)), (2 * row, 3 * row), None),
         Case("add + RMSNorm", add_rms_norm, lambda x, r, w: (norm_plain(x + r, w), x + r),
              lambda: new((R, D), (R, D), (D,)), (4 * row, 4 * row), None),
-        Case("RoPE", turn, turn_plain, lambda: new((B, tokens, N + K, H)), (turned, turned), None),
+        Case("RoPE", rope, turn_plain, turn_inputs, (turned, turned), None),
         Case("cross-entropy", cross_entropy, loss_plain, lambda: new((R // 2, V)) + targets(),
              (logits, 2 * logits), None),
         # Not timed forward: that pass makes the gradients, too.
@@ -1360,7 +1363,7 @@ def cases(device="cpu", dtype=torch.float32, full=False):
         Case("matmul", matmul, torch.matmul, lambda: new((R, D), (D, D), grad=False), None, (product, 0)),
         Case("linear, TMA", linear, F.linear, lambda: new((R, D), (D, D), grad=False), None, (product, 0)),
         Case("linear, fp8", linear, lambda x, w, a, b: (x.to(a.dtype) @ w.to(b.dtype).T) * a[:, None] * b,
-             fp8, None, (product // 2, 0)),                # twice the rate is half the FLOPs
+             fp8, None, (product, 0), 2),
         Case("linear, int8 weights", low_bit_linear, low_bit_plain, low_bit(8), (F_ * D, 0), None),
         Case("linear, int4 weights", low_bit_linear, low_bit_plain, low_bit(4), (F_ * D // 2, 0), None),
         Case("grouped linear", grouped_linear, grouped_linear_naive,
@@ -1396,7 +1399,7 @@ def errors(ours, plain, inputs):
 @contextlib.contextmanager
 def count_kernel_bytes():
     """with count_kernel_bytes() as moved: ...  ->  moved["read"], moved["written"]: what kernels asked of
-    memory, element by element, in the interpreter. What L2 would answer counts each time."""
+    memory, element by element, in the interpreter. Reads that L2 would serve are counted each time."""
     builder, moved = interpreter.InterpreterBuilder, {"read": 0, "written": 0}
 
     def counted(method, kind, mask_at):
@@ -1425,8 +1428,9 @@ class count_eager_bytes(TorchDispatchMode):
 @contextlib.contextmanager
 def compile_only(every_tile=False, arch=90):
     """with compile_only() as log: attention(meta tensors ...)  ->  a dict a kernel. A launch becomes the
-    compilation of the very code that it would run on sm_90. Meta tensors have shapes, and no memory. The
-    driver is all that a launch asks before it would run; compiled kernels are kept apart by its device."""
+    compilation of the very code that it would run on sm_90. Meta tensors have shapes, and no memory. Before
+    it runs, a launch asks only the driver, so a stand-in is enough; its device name keeps these compiled
+    kernels apart in the cache."""
     hopper = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", arch, 32),
                              get_current_device=lambda: f"sm_{arch}", get_current_stream=lambda device: 0)
     log, seen, run = [], set(), JITFunction.run
@@ -1534,8 +1538,9 @@ def compile_more(case, kind):
 
 def race(functions, device, rounds=20, warmup=3):
     """{name: function} -> {name: (median seconds, spread)}: in turn, round after round, so that a clock that
-    drifts drifts for all. A GPU runs behind the program, so its own events are the clock, read after it is
-    done, and its L2 cache (50 MB) is flushed before each call. Spread: half the distance of the quartiles."""
+    drifts drifts for all. A GPU works behind the Python program, so CUDA events on its own stream are the
+    clock; they are read once it is done, and its L2 cache is flushed before each call. Spread: half the
+    quartiles' distance."""
     cuda, times = "cuda" in str(device), {name: [] for name in functions}
     if not cuda and str(device) != "cpu":
         raise ValueError(f"no clock for {device}: work there would be queued, not done, when time is taken")
@@ -1544,6 +1549,7 @@ def race(functions, device, rounds=20, warmup=3):
         for name, function in functions.items():
             if cuda:
                 flush.zero_()
+                torch.cuda._sleep(2_000_000)               # about 1 ms: launches wait in line, without gaps
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
                 function()
@@ -1650,8 +1656,8 @@ Deferred = namedtuple("Deferred", "features weight")  # logits that are never ma
 def in_model():
     """While it lasts, the models of model.py run on these kernels: attention (a window without a T x S mask),
     RMSNorm, SwiGLU, RoPE, and in training the loss fused with the output matrix. The rest stays as it was."""
-    plain_rope, plain_loss, plain_ffn = M.apply_rope, M.lm_loss, M.GatedFFN.forward
-    plain_kernel, plain_forward = M.Attention.choose_kernel, M.Transformer.forward
+    plain_rope, plain_loss, plain_kernel = M.apply_rope, M.lm_loss, M.Attention.choose_kernel
+    plain_norm, plain_ffn, plain_forward = M.RMSNorm.forward, M.GatedFFN.forward, M.Transformer.forward
 
     def apply_rope(x, positions, theta=10000.0, *stretch):
         if stretch or x.dim() != 4 or x.dtype not in FLOATS:
@@ -1660,19 +1666,23 @@ def in_model():
         return rope(x.transpose(1, 2), *rope_table(at, x.shape[-1], theta)).transpose(1, 2)
 
     def norm(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        known = x.dtype in FLOATS and x.shape[-1] * x.element_size() <= 2**15    # as in check_rows
+        return rms_norm(x, self.weight, self.eps) if known else plain_norm(self, x)
 
     def ffn(self, x):
-        return self.w2(swiglu(self.w1(x), self.w3(x))) if self.act is F.silu else plain_ffn(self, x)
+        known = x.dtype in FLOATS and self.act is F.silu
+        return self.w2(swiglu(self.w1(x), self.w3(x))) if known else plain_ffn(self, x)
 
     def choose_kernel(self, q, k, v, positions, key_positions, plain):
-        kind = work_dtype(q)
-        if not plain or self.c.attn_softcap or q.shape[-1] not in head_dims(kind):
+        kind, apart = work_dtype(q), self.c.window and positions.dim() > 1   # these may lie apart
+        if (not plain or apart or self.c.attn_softcap or q.dtype not in FLOATS or
+                q.shape[-1] not in head_dims(kind)):
             return plain_kernel(self, q, k, v, positions, key_positions, plain)
         return attention(q.to(kind), k.to(kind), v.to(kind), True, self.c.window)
 
     def forward(self, ids, positions=None, cache=None):
-        if not self.training or cache is not None or self.config.logit_softcap or self.config.mtp:
+        c, kind = self.config, self.head.weight.dtype
+        if not self.training or cache is not None or c.logit_softcap or c.mtp or kind not in FLOATS:
             return plain_forward(self, ids, positions, cache)
         return Deferred(self.features(ids, positions), self.head.weight)
 
@@ -1711,17 +1721,16 @@ def end_to_end(c, batch_size, device, ways=WAYS):
                                    device)
             loss = steps["forward"]().item()
             steps["forward + backward"]()
-            grads = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+            grads = torch.cat([p.grad.flatten().cpu().double() for p in model.parameters()])
             exact = grads if exact is None else exact
             differs = ((grads - exact).norm() / exact.norm()).item()
             row = [name, f"{loss:.6f}", f"{differs:.1e}", "interpreted", "n/a"]
-            del grads
-            if cuda:
+            if cuda:                                       # before race, whose flush takes 256 MB
                 torch.cuda.reset_peak_memory_stats()
+                steps["forward + backward"]()
+                row[4] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
             if cuda or "our" not in name:                  # the interpreter's time says nothing
                 row[3] = f"{1000 * race({name: steps['forward + backward']}, device, rounds=5)[name][0]:.1f}"
-            if cuda:
-                row[4] = f"{torch.cuda.max_memory_allocated() / 1e9:.2f}"
         rows.append(row)
         torch.compiler.reset()
     M.table(f"One training step of {M.num_params(c):,} parameters, {batch_size} x {c.context_length} tokens",
@@ -1861,7 +1870,7 @@ def benchmark(device, peers=None, only=()):
                     torch.cuda.empty_cache()
             row.update({name: 1e6 * t for name, (t, _) in race(ready, device).items()})
             if limits:
-                row["floor"] = 1e6 * (sum(case.flops[:i + 1]) / limits[0] if case.flops else
+                row["floor"] = 1e6 * (sum(case.flops[:i + 1]) / limits[0] / case.rate if case.flops else
                                       sum(case.bytes[:i + 1]) / limits[1])
                 row["reached"] = row["floor"] / row["ours"] if "ours" in ready else 0.0
             if case.flops and "ours" in ready:

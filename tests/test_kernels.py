@@ -180,8 +180,8 @@ def test_no_rows_and_no_tokens():
 
 
 def test_rows_far_apart():
-    """The last tokens start beyond 2^31 numbers: an offset in 32 bits would wrap. (The memory between is
-    never touched, so the system never provides it.)"""
+    """The last tokens, or heads, start beyond 2^31 numbers: an offset in 32 bits would wrap. (The memory
+    between is never touched, so the system never provides it.)"""
     T, far = 131, 2**24 - 16
     try:
         memory = torch.empty(T * far, dtype=torch.float16)
@@ -196,6 +196,9 @@ def test_rows_far_apart():
         y = K.attention(heads, heads, heads)
         results.append((y, *torch.autograd.grad(y.sum(), heads)))
     assert all(torch.equal(a, b) for a, b in zip(*results))
+    heads, two = memory.as_strided((1, 2, 3, 16), (32, 16, 2**30, 1)), [t[:2] for t in table]
+    turned = K.rope(heads.copy_(torch.randn(1, 2, 3, 16)).clone(memory_format=torch.contiguous_format), *two)
+    assert torch.equal(K.rope(heads, *two, inplace=True), turned)
 
 
 @pytest.mark.parametrize("x", [100.0, 12.0, -12.0, -100.0])
@@ -345,6 +348,26 @@ def test_the_weight_gradient_is_summed_in_fp32():
         return K.errors(lambda x, w: fused(x, w, t, chunk=chunk),
                         lambda x, w: F.cross_entropy(x @ w.T, t), [x, w])[2]
     assert error(1) < 1.2 * error(64) < 1e-2
+
+
+def test_linear_cross_entropy_in_fp16_keeps_small_gradients():
+    """p is 6e-6 for all words but one: stored as a share of the mean over 64 targets nothing would be left of
+    it. And the factor of loss scaling is beyond fp16."""
+    x, w, t = torch.randn(64, 8) / 8, torch.randn(500, 8), torch.arange(64) % 2
+    x[:, 0], w[0], w[1:, 0] = 1.0, torch.eye(8)[0] * 12, 0.0
+    inputs = [x.half().requires_grad_(), w.half().requires_grad_()]
+    double = K.as_double(inputs)
+    ours = torch.autograd.grad(2**16 * K.linear_cross_entropy(*inputs, t)[0], inputs)
+    exact = torch.autograd.grad(2**16 * F.cross_entropy(double[0] @ double[1].T, t), double)
+    for a, b in ((ours[0], exact[0]), (ours[1][2:], exact[1][2:])):        # of W, words that are no target
+        assert (a - b).norm() < 1e-2 * b.norm()
+
+
+def test_linear_cross_entropy_without_targets_is_torchs():
+    x, w = leaves((3, 8), (20, 8))
+    for loss in (K.linear_cross_entropy(x, w, torch.full((3,), -100))[0],
+                 F.cross_entropy(x @ w.T, torch.full((3,), -100))):
+        assert loss.isnan() and all(g.eq(0).all() for g in torch.autograd.grad(loss, (x, w)))
 
 
 # --- 3. attention -------------------------------------------------------------------------------------------
@@ -532,6 +555,52 @@ def test_roofline():
     assert all(fused <= eager for _, eager, fused in table.values())
 
 
+def test_roofline_counts_what_operators_move():
+    c = M.ModelConfig(context_length=32, d_model=512, num_heads=32)
+    table, (H, heads) = {name: eager for name, _, eager, _ in K.block_operations(c, 256)}, (16, 64)
+    shapes = {"RMSNorm": [(256, 512), (512,)], "SwiGLU": [(256, c.ffn_dim)] * 2, "RoPE": [(8, 32, heads, H)]}
+    for case in K.cases():
+        if case.name in shapes:
+            inputs = [torch.randn(shape).bfloat16() for shape in shapes[case.name]]
+            with K.count_eager_bytes() as eager:
+                case.plain(*inputs)
+            assert eager.read + eager.written == pytest.approx(table[case.name], rel=0.05), case.name
+
+
+def test_benchmark_rates_and_floors(monkeypatch):
+    """In a second each: fp8 does the FLOPs of bf16, and its floor is half of it."""
+    cases = K.cases()
+    monkeypatch.setattr(K, "cases", lambda *_, **__: cases)
+    monkeypatch.setattr(K, "race", lambda functions, *_: dict.fromkeys(functions, (1.0, 0.0)))
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA H200")
+    bf16, fp8 = K.benchmark("cpu", only=["linear, TMA", "linear, fp8"])
+    assert bf16["TFLOP/s"] == fp8["TFLOP/s"] == pytest.approx(2 * 64 * 384 * 384 / 1e12)
+    assert bf16["floor"] == 2 * fp8["floor"] > 0
+    rope = next(case for case in cases if case.name == "RoPE")
+    inputs = rope.inputs()
+    monkeypatch.setattr(K, "rope_table", None)             # not a part of what is timed
+    rope.ours(*inputs)
+
+
+def test_a_gpu_is_busy_while_its_work_is_launched(monkeypatch):
+    """Else the time of a short kernel is that of its launch."""
+    done = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.record = lambda: done.append("clock")
+
+        def elapsed_time(self, end):
+            return 2.0
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: done.append("busy"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(1))
+    assert K.race({"f": lambda: done.append("f")}, "cuda", 2, 0)["f"][0] == 0.002
+    assert done == ["busy", "clock", "f", "clock", "wait"] * 2
+
+
 def test_race_times_work_that_is_done():
     times = K.race({"a": lambda: sum(range(1000)), "b": lambda: sum(range(100000))}, "cpu", 5)
     assert 0 < times["a"][0] < times["b"][0]
@@ -572,6 +641,20 @@ def test_model_on_our_kernels(knobs):
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(step(), plain))           # and all is as it was
+
+
+def test_what_kernels_do_not_cover_falls_back():
+    """Windows over positions that lie apart, float64, rows too wide for registers."""
+    model = M.Transformer(M.ModelConfig(**{**TINY, "num_layers": 1, "window": 3})).eval()
+    ids, apart = torch.randint(0, 100, (2, 9)), torch.arange(9) * torch.tensor([[1], [2]])
+    wide, x = M.RMSNorm(8200), torch.randn(2, 8200)
+    plain = model(ids, apart), wide(x)
+    with K.in_model():
+        torch.testing.assert_close((model(ids, apart), wide(x)), plain, rtol=1e-4, atol=1e-5)
+    model.double().train()
+    plain = M.training_loss(model, ids[:, 1:], ids[:, :-1])
+    with K.in_model():
+        assert M.training_loss(model, ids[:, 1:], ids[:, :-1]) == plain
 
 
 ONE_GRAPH = f"""import sys
