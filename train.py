@@ -924,7 +924,7 @@ def ablate(s, data):
     results = run_many("ablate", ABLATIONS, [s.seed, s.seed + 1, s.seed + 2], s, data)
     results_table("Ablations: one budget, three seeds", results)
     with figure(os.path.join(s.out, "ablate.png"), xlabel="million tokens read",
-                ylabel="bits per byte, held out (mean over seeds)") as ax:
+                ylabel="bits per byte, beginning of the held-out text (mean over seeds)") as ax:
         for i, (label, runs) in enumerate(results.items()):
             curves = []
             for r in runs:
