@@ -172,8 +172,8 @@ class Request:
         """What can be shown now: not an end that may yet become a stop string."""
         end = len(self.text)
         if not self.finish:
-            end -= max((n for s in self.stop for n in range(1, len(s)) if self.text.endswith(s[:n])),
-                       default=0)
+            end -= max((n for s in self.stop for n in range(1, min(len(s), end + 1))
+                        if self.text.endswith(s[:n])), default=0)
         out, self.shown = self.text[self.shown:end], max(self.shown, end)
         return out
 
@@ -321,6 +321,13 @@ class Pool:
         for t in self.tensors():
             t[target] = t[source]
 
+    @torch.inference_mode()
+    def clear(self):
+        """After a step that failed: a NaN left in a block would reach its next owners, for 0 NaN is NaN."""
+        self.key_of, self.block_of = {}, {}
+        for t in self.tensors():
+            t.zero_()
+
     def used(self):
         return self.num_blocks - len(self.free)
 
@@ -449,7 +456,7 @@ class Engine:
         if drafter is not None and self.recurrent:
             raise ValueError("speculative decoding must take back tokens that the target rejects, and a "
                              "recurrent state cannot: use a model whose layers all attend")
-        size = block_size or c.context_length              # 0: contiguous, one block a request
+        size = min(block_size or c.context_length, c.context_length)         # 0: contiguous, one a request
         most = CACHE_BYTES // max(1, M.state_bytes(c, size, example(model).itemsize))
         blocks = num_blocks or max(1, min(max_batch * -(-c.context_length // size), int(most)))
         self.pool = Pool(blocks, size, int8_cache, share and not self.recurrent)
@@ -525,9 +532,10 @@ class Engine:
         for r in [r for r in (*self.waiting, *self.running) if r.finish]:    # cancelled from outside
             self.release(r)
         size, pool = self.pool.block_size, self.pool
+        most = min(-(-self.model.config.context_length // size), pool.num_blocks)            # of any request
         while self.waiting and len(self.running) < self.max_batch:
             r = self.waiting[0]
-            if self.running and len(pool.free) < min(-(-len(r.ids) // size) + 1, pool.num_blocks):
+            if self.running and len(pool.free) < min(-(-len(r.ids) // size) + 1, most):
                 break
             self.running.append(self.waiting.popleft())
             r.states = {i: copy.copy(m) for i, m in enumerate(self.fresh_states)
@@ -539,6 +547,7 @@ class Engine:
                 r.blocks.append(pool.own(block))
                 r.length += size
                 self.counters["shared_tokens"] += size
+            self.advance(r, 0)                             # of those, some may lie behind the window
 
     def key(self, r, i):
         """A hash of all tokens up to the end of block i; two texts that begin alike have the same."""
@@ -1033,8 +1042,9 @@ def fit(module, loss_of, tokens, context_length, seconds, lr=1e-3, batch_size=8,
             raise ValueError(f"the loss is {losses[-1]} after {len(losses)} steps: it diverged")
         if passed - shown > 10:
             shown = passed
-            print(f"  {passed:4.0f} of {seconds:.0f} s | step {len(losses):,} | "
-                  f"loss {np.mean(losses[-20:]):.4f}", flush=True)
+            with contextlib.suppress(OSError):             # nobody looks: no reason to stop
+                print(f"  {passed:4.0f} of {seconds:.0f} s | step {len(losses):,} | "
+                      f"loss {np.mean(losses[-20:]):.4f}", flush=True)
 
 
 def windows(tokens, length, places):
@@ -1110,7 +1120,11 @@ class QuantLinear(nn.Module):
             n = torch.stack((n << 4 >> 4, n >> 4), -1).flatten(-2)           # shifts of int8 keep the sign
         return (n.to(self.dtype) * self.scale[rows]).flatten(-2)
 
-    weight = property(widened)                             # for a mixer that reads it: MLA
+    @property
+    def weight(self):
+        """As one matrix, for a mixer that takes it apart: MLA."""
+        w = self.widened() if self.smooth is None else self.widened() / self.smooth
+        return w.index_copy(1, self.keep, self.kept)
 
     def forward(self, x):
         y = x if self.smooth is None else x / self.smooth
@@ -1404,7 +1418,13 @@ def read_call(asked, chat, tokenizer, template, engine, name="model", most=256):
     model, stop = asked.get("model", name), asked.get("stop", [])
     need(model == name, f"model {model!r:.60} is not here: ask for {name!r}", "model", 404)
     stop = [stop] if isinstance(stop, str) else stop
-    need(len(stop) <= 16 and all(isinstance(s, str) for s in stop), "stop must be up to 16 texts", "stop")
+    need(len(stop) <= 16 and all(isinstance(s, str) and len(s) <= 1000 for s in stop),
+         "stop must be up to 16 texts of up to 1,000 characters", "stop")
+    room = engine.model.config.context_length
+
+    def short(texts):                                      # before they are encoded, which may take minutes
+        need(all(len(t) <= room or len(t) <= room * max(map(len, tokenizer.vocab.values())) for t in texts),
+             f"{param} is longer than the model's context of {room} tokens", param)
     if chat:
         param, messages = "messages", asked.get("messages")
         need(template, "this checkpoint has no chat template: use /v1/completions, or make one with "
@@ -1412,6 +1432,7 @@ def read_call(asked, chat, tokenizer, template, engine, name="model", most=256):
         need(messages and all(isinstance(m, dict) and m.get("role") in [*template]
                               and isinstance(m.get("content"), str) for m in messages),
              f"messages must be a list of {{role, content: text}}, roles {', '.join(template)}", param)
+        short(m["content"] for m in messages)
         prompts = [render_chat(tokenizer, template, messages)]
         typed = [m["content"] for m in messages if m["role"] != "assistant"]
     else:
@@ -1421,12 +1442,13 @@ def read_call(asked, chat, tokenizer, template, engine, name="model", most=256):
         need(1 <= len(prompts) <= 64 and all(type(p) in (str, list) for p in prompts),
              "prompt must be a text, a list of ids, or 1 to 64 of them", param)
         typed = [p for p in prompts if isinstance(p, str)]
+        short(typed)
         prompts = [tokenizer.encode(p, ()) if isinstance(p, str) else p for p in prompts]
     for token in tokenizer.special_tokens:
         need(not any(token in text for text in typed),
              f"{param} holds the control token {token}, which cannot be typed", param)
     knobs = {"seed": random.getrandbits(31), **{key: asked[key] for key in KNOBS if key in asked}}
-    room, requests = engine.model.config.context_length, []
+    requests = []
     for i, ids in enumerate(prompts):
         limited = {"max_tokens": min(most, max(1, room - len(ids))), **knobs}
         requests.append(Request(ids, **limited, stop=tuple(stop), stop_ids=engine.stop_ids,
@@ -1458,10 +1480,12 @@ class Server(socketserver.ThreadingTCPServer):
             try:
                 changed = e.step()
             except Exception as error:                     # one bad step must not end the service
-                print(f"infer.py: a step failed: {M.first_line(error)}", file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):
+                    print(f"infer.py: a step failed: {M.first_line(error)}", file=sys.stderr, flush=True)
                 changed = [*e.running, *e.waiting]
                 for r in changed:
                     r.finish = "error"                     # the next step lets go of them
+                e.pool.clear()
             for r in changed:
                 r.listener.events.put((r, r.next_text(), r.finish))
 
@@ -1497,6 +1521,10 @@ class Client(http.server.BaseHTTPRequestHandler):
         finally:
             late.cancel()
             self.gone = True
+
+    def log_message(self, *args):
+        with contextlib.suppress(OSError):                 # nobody reads the log: that is no client's fault
+            super().log_message(*args)
 
     def read(self):
         size = self.headers.get("Content-Length", "none" if self.command == "POST" else "0")
@@ -1684,13 +1712,14 @@ def open_drafter(a, model):
     return drafter.to(example(model)).eval()
 
 
-def open_engine(a):
+def open_engine(a, rows=None):
+    """-> (engine of --max_batch rows, or `rows`, tokenizer, chat template or None)"""
     model, tokenizer, state = open_model(a)
     if a.quantize != "none":
         looks = a.quantize in ("awq", "llm.int8")
         quantize_model(model, a.quantize,
                        calibration(a, tokenizer, model.config.context_length) if looks else None)
-    engine = Engine(tune(model), a.max_batch, a.block_size, a.num_blocks, a.chunk, a.int8_cache,
+    engine = Engine(tune(model), rows or a.max_batch, a.block_size, a.num_blocks, a.chunk, a.int8_cache,
                     drafter=open_drafter(a, model))
     engine.stop_ids = stop_tokens(tokenizer, state.get("chat"), state.get("stop_ids"))
     return engine, tokenizer, state.get("chat")
@@ -1715,7 +1744,7 @@ def stream(a, engine, tokenizer, ids):
 def run_complete(a):
     if a.prompt is None:
         return demo(a)
-    engine, tokenizer, _ = open_engine(a)
+    engine, tokenizer, _ = open_engine(a, 1)
     print(a.prompt, end="")
     begin = time.perf_counter()
     r = stream(a, engine, tokenizer, tokenizer.encode(a.prompt) or [tokenizer.eot_id or 0])  # nothing said:
@@ -1727,7 +1756,7 @@ def run_complete(a):
 
 
 def run_chat(a):
-    engine, tokenizer, template = open_engine(a)
+    engine, tokenizer, template = open_engine(a, 1)
     if not template:
         raise ValueError(f"{a.checkpoint} is a base model and has no chat template: make a chat model with "
                          f"python align.py sft, or continue a text with --prompt")
@@ -1735,20 +1764,22 @@ def run_chat(a):
     print("Your turn; Ctrl-C stops an answer, Ctrl-D ends the conversation.")
     while True:
         try:
-            messages.append({"role": "user", "content": input("> ")})
+            turns = [*messages, {"role": "user", "content": input("> ")}]
         except KeyboardInterrupt:
             print("\n(Ctrl-D ends the conversation)")
             continue
+        except UnicodeDecodeError:
+            print("that is not UTF-8 text")
+            continue
         except EOFError:
             return print()
-        while len(ids := render_chat(tokenizer, template, messages)) >= context - 16 and len(messages) > 1:
-            messages = messages[2:]                        # the oldest turns are forgotten
         try:
+            while len(ids := render_chat(tokenizer, template, turns)) >= context - 16 and len(turns) > 1:
+                turns = turns[2:]                          # the oldest turns are forgotten
             r = stream(a, engine, tokenizer, ids)
-            messages.append({"role": "assistant", "content": r.text})
+            messages = [*turns, {"role": "assistant", "content": r.text}]
         except ValueError as e:                            # too long: ask again
             print(e)
-            messages.pop()
 
 
 def run_serve(a):
@@ -1768,19 +1799,31 @@ def run_serve(a):
     print(f"served {engine.counters['requests']} requests, {engine.counters['tokens']} tokens")
 
 
+def fingerprint(line):
+    return hashlib.blake2b(line.strip().encode(), digest_size=8).hexdigest()
+
+
+def answers(result, line):
+    """Was this line of results written for that line of prompts?"""
+    try:
+        return json.loads(result)["line"] == fingerprint(line)
+    except (ValueError, TypeError, KeyError):
+        return False
+
+
 def run_batch(a):
     """Lines as the API takes them, {"prompt": ..., "max_tokens": ...} -> lines of results in the same order.
     Only whole lines count, so an interrupted run goes on where it was."""
-    engine, tokenizer, template = open_engine(a)
-    with open(a.file, encoding="utf-8") as f:
+    with open(a.file, encoding="utf-8-sig") as f:
         lines = [line for line in f if line.strip()]
+    engine, tokenizer, template = open_engine(a)
     os.makedirs(a.out, exist_ok=True)
     path = os.path.join(a.out, os.path.basename(a.file).removesuffix(".jsonl") + ".results.jsonl")
     with open(path, "a+b") as out:
         out.seek(0)
         whole = (data := out.read()).rfind(b"\n") + 1
         first = done = data.count(b"\n")
-        if done > len(lines):
+        if done > len(lines) or not all(map(answers, data[:whole].splitlines(), lines)):
             raise ValueError(f"{path} has {done} results and {a.file} {len(lines)} lines, so they are of "
                              f"another file: remove it, or choose another --out")
         out.truncate(whole)
@@ -1791,24 +1834,27 @@ def run_batch(a):
                 i = waiting.popleft()
                 try:
                     asked = json.loads(lines[i])
-                    chat = isinstance(asked, dict) and "messages" in asked
-                    r = read_call({"seed": a.seed, **asked, "n": None}, chat, tokenizer, template, engine,
-                                  most=a.max_tokens)[0]
+                    asked = {"seed": a.seed, **asked} if isinstance(asked, dict) else asked
+                    r, *more = read_call(asked, isinstance(asked, dict) and "messages" in asked, tokenizer,
+                                         template, engine, most=a.max_tokens)
+                    need(not more and r.n == 1, "a line is one text: write several lines, and no n")
                     engine.add(r).listener = i
-                except (ValueError, TypeError, RecursionError) as e:
+                except (ValueError, RecursionError) as e:
                     results[i] = {"error": M.first_line(e)}
             for r in engine.step() if engine.busy() else ():
                 if r.finish:
                     results[r.listener] = {"text": r.text, "finish_reason": r.finish, "tokens": len(r.output)}
             while done in results:
-                out.write(json.dumps({"index": done, **results.pop(done)}).encode() + b"\n")
+                result = {"index": done, "line": fingerprint(lines[done]), **results.pop(done)}
+                out.write(json.dumps(result).encode() + b"\n")
                 done += 1
             out.flush()
             seconds = time.monotonic() - begin
             if seconds - shown > 2 or done == len(lines):
                 shown, eta = seconds, seconds / max(1, done - first) * (len(lines) - done)
-                print(f"{done}/{len(lines)} | {engine.counters['tokens'] / max(seconds, 1e-9):,.0f} tokens/s"
-                      f" | {eta:.0f} s to go", file=sys.stderr)
+                with contextlib.suppress(OSError):         # nobody looks: no reason to stop
+                    print(f"{done}/{len(lines)} | {engine.counters['tokens'] / max(seconds, 1e-9):,.0f} "
+                          f"tokens/s | {eta:.0f} s to go", file=sys.stderr, flush=True)
     print(f"{path}: {len(lines)} results, {first} of them from before")
 
 
@@ -1847,6 +1893,7 @@ def run_quantize(a):
 
 def run_shrink(a):
     """prune: cut the checkpoint and repair it, taught by what it was. distill: teach a new, small one."""
+    os.makedirs(a.out, exist_ok=True)                      # if this fails, then before the work
     teacher, tokenizer, state = open_model(a)
     c, rows = teacher.config, [price_row("before", teacher, a, tokenizer)]
     if a.command == "prune":
@@ -1869,20 +1916,22 @@ def run_shrink(a):
             open_tokens(a, "train", tokenizer), c.context_length, 60 * a.minutes, seed=a.seed,
             half=at.dtype == torch.bfloat16)
     price(f"distilled, {a.minutes:g} min")
-    M.table("A smaller model (held-out text; one text at a time)", PRICE, rows)
-    os.makedirs(a.out, exist_ok=True)
     path = os.path.join(a.out, "checkpoint.pt")
     tokenizer.save(os.path.join(a.out, "tokenizer.json"))
     M.save_checkpoint(path, student, tokenizer=tokenizer.hash(),
                       **{k: state[k] for k in ("chat", "stop_ids") if k in state})
+    M.table("A smaller model (held-out text; one text at a time)", PRICE, rows)
     print(f"\nsaved {path}")
 
 
 def run_drafter(a):
+    os.makedirs(a.out, exist_ok=True)                      # what fails should fail before the work
     model, tokenizer, _ = open_model(a)
+    Engine(model, 1, drafter=NGram(a.k))                   # does a model like this take drafts?
+    if a.k > (most := min(model.config.context_length, 256) - 3):
+        raise ValueError(f"--k {a.k} does not fit the windows of training: try --k {max(1, most)} or less")
     drafter = train_drafter({"medusa": Medusa, "eagle": Eagle}[a.command], model,
                             open_tokens(a, "train", tokenizer), a.k, 60 * a.minutes, a.seed)
-    os.makedirs(a.out, exist_ok=True)
     path = os.path.join(a.out, f"{a.command}.pt")
     M.save_checkpoint(path, drafter, drafter=a.command, k=a.k)
     print(f"saved {path}: python infer.py --checkpoint {a.checkpoint} --draft {path} --prompt TEXT")
@@ -1894,6 +1943,9 @@ def run_diffuse(a):
     tokens, val = open_tokens(a, "train", tokenizer), open_tokens(a, "val", tokenizer)
     torch.manual_seed(a.seed)
     c = M.model_config(a, vocab_size=tokenizer.vocab_size)
+    if c.context_length < 18:
+        raise ValueError(f"--context_length {c.context_length} has no room for 16 tokens and an answer: "
+                         f"try 64")
     T, plain, masked = c.context_length, M.Transformer(c), diffusion_model(c)
     for m, loss in ((plain, lambda ids: M.lm_loss(plain(ids[:, :-1]), ids[:, 1:])[0]),
                     (masked, lambda ids: diffusion_loss(masked, ids))):
@@ -1978,7 +2030,8 @@ def demo(a):
     model, tokens = demo_model(a)
     c, plain = model.config, copy.deepcopy(model)
     tune(model)
-    small = tune(quantize_model(copy.deepcopy(plain), "int8"))
+    small = None if c.num_experts else tune(quantize_model(copy.deepcopy(plain), "int8"))
+    recurrent = any(isinstance(block.mixer.make_cache(), M.StateCache) for block in model.blocks)
     flops, bandwidth = machine(example(plain))
     params, T, n = M.num_params(c), min(c.context_length // 3, 96), min(64, c.context_length // 2)
     rng = random.Random(a.seed)
@@ -1993,22 +2046,22 @@ def demo(a):
         weights = model_bytes(run.model if engine else plain)
         return max((weights + B * M.state_bytes(c, S, number)) / bandwidth, 2 * params * B * rows / flops)
     one, shared = [text(T)], text(T)
-    mixed = [(shared if i % 2 else []) + text(rng.randrange(4, T // 2)) for i in range(24)]
+    mixed = [(shared if i % 2 else []) + text(rng.randrange(4, max(5, T // 2))) for i in range(24)]
     limits = [rng.randrange(4, n) for _ in mixed]
     slots = dict(block_size=0, share=False)                # contiguous: a row of the longest length for each
     ladder = [  # name, what runs, prompts, rows
         ("one text: no cache", lambda p, n: [M.generate(plain, p[0], n[0], temperature=0)], one, 1),
         ("  KV cache", lambda p, n: [generate_naive(plain, p[0], n[0])], one, 1),
         ("  this engine", Engine(model, 1, **slots), one, 1),
-        ("  n-gram drafts", Engine(model, 1, drafter=NGram(4), **slots), one, 1),
+        ("  n-gram drafts", None if recurrent else Engine(model, 1, drafter=NGram(4), **slots), one, 1),
         ("24 texts: one at a time", Engine(model, 1, **slots), mixed, 1),
         ("  8 at a time, padded", lambda p, n: generate_static(plain, p, n, 8), mixed, 8),
         ("  continuous, 8 rows", Engine(model, 8, **slots), mixed, 8),
         ("  paged, prefixes shared", Engine(model, 8), mixed, 8),
         ("  int8 cache (lossy)", Engine(model, 8, int8_cache=True), mixed, 8),
-        ("  int8 weights (lossy)", Engine(small, 8), mixed, 8)]
+        ("  int8 weights (lossy)", small and Engine(small, 8), mixed, 8)]
     rows, want = [], {}
-    for name, run, prompts, B in ladder:
+    for name, run, prompts, B in (rung for rung in ladder if rung[1]):       # some models lack some rungs
         lengths = [n] if prompts is one else limits
         texts, first, seconds, most, per_pass = race(run, prompts, lengths)
         count, fed = sum(map(len, texts)), sum(map(len, prompts))
@@ -2116,11 +2169,13 @@ def parse_args(argv=None):
         M.add_model_flags(p)
     a = p.parse_args(argv)
     a.run, a.command, a.error = run, command, p.error
-    for name, low in dict(k=1, max_batch=1, block_size=0, num_blocks=0, chunk=1, threads=0, minutes=0,
+    highest = dict(port=65535, threads=1024, seed=2**63 - 1)
+    for name, low in dict(seed=0, k=1, max_batch=1, block_size=0, num_blocks=0, chunk=1, threads=0, minutes=0,
                           seconds=0, max_tokens=1, port=0, num_layers=0, num_kv_heads=0, d_ff=0).items():
-        value, port = getattr(a, name, low), name == "port"
-        if not low <= value < (65536 if port else math.inf):
-            p.error(f"--{name} {value} is out of range: {low} {'to 65535' if port else 'or more'}")
+        value, high = getattr(a, name, low), highest.get(name, math.inf)
+        if not low <= value <= high:
+            p.error(f"--{name} {value} is out of range: {low} "
+                    f"{f'to {high}' if name in highest else 'or more'}")
     if not command and a.prompt is None:                   # a flag that would do nothing is a mistake
         for name in (_engine + _draw).split():
             if getattr(a, name) != FLAGS[name].get("default", False):
@@ -2140,10 +2195,16 @@ def main(argv=None):
         if getattr(a, "threads", 0):
             torch.set_num_threads(a.threads)
         a.run(a)
+        sys.stdout.flush()
     except BrokenPipeError:                                # the reader of our output, such as head, is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except (ValueError, OSError) as e:
         a.error(M.first_line(e))
+    except (MemoryError, RuntimeError) as e:               # of a CPU and of a GPU
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            raise
+        a.error(f"out of memory ({M.first_line(e)}): lower --num_blocks or --max_batch, or take a smaller "
+                f"model")
     except KeyboardInterrupt:
         print("\ninfer.py: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -773,8 +773,9 @@ class MLA(nn.Module):
         latent, turned = self.w_down(x)[:, None].split([C, R], -1)           # (B,1,T,C), (B,1,T,R)
         latent = self.kv_norm(latent)
         if c.position == "rope":
-            # Pairs need an even stride: hence contiguous.
-            turn = lambda t: apply_rope(t.contiguous(), per_head(positions), *c.rope)
+            def turn(t):                                   # pairs need an even stride and place: a copy
+                t = t.clone(memory_format=torch.contiguous_format)
+                return apply_rope(t, per_head(positions), *c.rope)
             turned, q = turn(turned), torch.cat((q[..., :H], turn(q[..., H:])), -1)
         mask = None
         if cache is not None:

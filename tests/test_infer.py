@@ -17,6 +17,7 @@ import model as M  # noqa: E402
 import infer as I  # noqa: E402
 
 import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
 
 torch.set_num_threads(1)
 close = torch.testing.assert_close
@@ -28,6 +29,7 @@ VARIANTS = {
     "gpt2": dict(norm="layernorm", position="learned", ffn="gelu", bias="all", tie_embeddings=True),
     "post, parallel": dict(norm_position="post", parallel=True), "sinusoidal": dict(position="sinusoidal"),
     "local and global": dict(layers="LG", window=5), "shared keys": dict(layers="GC"), "mla": dict(mixer="mla"),
+    "odd mla": dict(mixer="mla", kv_latent=3),
     "stretched rope": dict(rope_factor=4.0, rope_original_context=16),
     "linear": dict(mixer="linear"), "mamba": dict(mixer="mamba"), "hyena": dict(mixer="hyena"),
     "hybrid": dict(layers="RG"), "experts": dict(num_experts=4),
@@ -90,6 +92,43 @@ def test_graphs_are_few_and_their_keys_complete(name, monkeypatch):
     assert greedy(engine, texts, 6) == want
     assert greedy(engine, texts[:1], 6) == want[:1]
     assert len(recorded) <= 2 * 5                          # 1 or 2 rows, 1 to 16 blocks in powers of two
+
+
+def test_a_prompt_found_in_the_cache_keeps_to_its_window():
+    """Of the blocks that it finds, those behind the window go at once: held, they would leave no room."""
+    model = build(window=16, context_length=512)
+    engine = I.Engine(I.tune(model), 4, 16, num_blocks=10, chunk=64)
+    first = I.Request([i % 97 for i in range(150)], 11, temperature=0)
+    engine.generate([first])
+    again = [*first.ids, *[5] * 20]
+    engine.add(r := I.Request(list(again), 10, temperature=0))
+    for _ in range(30):
+        engine.step()
+    assert not engine.busy() and engine.counters["shared_tokens"] and r.output == I.generate_naive(model, again, 10)
+
+
+@pytest.mark.parametrize("block_size", [0, 16])
+def test_every_row_is_used_while_others_wait(block_size):
+    engine = I.Engine(I.tune(build()), 4, block_size, share=False)
+    for p in prompts(12):
+        engine.add(I.Request(p, 8, temperature=0))
+    engine.step()
+    assert len(engine.running) == 4 and len(engine.waiting) == 8
+
+
+def test_what_is_not_a_number_goes_with_the_step_that_failed():
+    """As the server does it: all of the step's requests end; those after them read no NaN in their blocks."""
+    model = build()
+    with torch.no_grad():
+        model.embedding.weight[7] = math.nan
+    engine, well = I.Engine(I.tune(model), 2, 4, num_blocks=12), [[1, 2, 3], list(range(20, 40))]
+    want = [I.generate_naive(model, p, 8) for p in well]
+    bad = engine.add(I.Request([7] * 30, 8, temperature=0))
+    with pytest.raises(ValueError, match="not numbers"):
+        engine.step()
+    bad.finish = "error"
+    engine.pool.clear()
+    assert greedy(engine, well, 8) == want
 
 
 def test_static_batches():
@@ -456,6 +495,15 @@ def test_drafters_learn(kind, clock):
 
 
 # --- 3. fewer bits, fewer weights, all places at once -------------------------------------------------------
+
+@pytest.mark.parametrize("options", [dict(kind="int8"), dict(kind="int4", group=4), dict(keep=[1, 5]),
+                                     dict(kind="int4", smooth=torch.linspace(0.5, 2, 12), keep=[3])])
+def test_the_weight_of_a_quantised_layer_is_the_one_it_multiplies_by(options):
+    """MLA takes it apart to decode."""
+    torch.manual_seed(0)
+    layer, x = I.QuantLinear(M.Linear(12, 7), **options), torch.randn(3, 12)
+    close(F.linear(x, layer.weight), layer(x))
+
 
 @pytest.mark.parametrize("bits, group", [(8, 0), (8, 4), (4, 0), (4, 4), (3, 12), (8, -1)])
 def test_quantize(bits, group):
@@ -946,15 +994,16 @@ def test_chat_command(folder, capsys, monkeypatch):
 def test_batch_resumes(folder, tmp_path, capsys, monkeypatch):
     lines = [{"prompt": f"line {i}", "max_tokens": 3 + i % 5} for i in range(9)]
     file = tmp_path / "jobs.jsonl"
-    file.write_text("\n".join(map(json.dumps, lines)) + "\nnot json\n" + json.dumps(
-        {"messages": [{"role": "user", "content": "hi"}]}) + "\n")
+    file.write_text("\ufeff" + "\n".join(map(json.dumps, lines)) + "\nnot json\n" + json.dumps(
+        {"messages": [{"role": "user", "content": "hi"}]}) + '\n{"prompt": ["a", "b"]}\n[1]\n')
     words = ("batch", file, "--checkpoint", folder / "checkpoint.pt", "--out", tmp_path, "--max_batch", 3)
     run(capsys, *words)
     result = tmp_path / "jobs.results.jsonl"
     whole = result.read_bytes()
     records = [json.loads(line) for line in whole.splitlines()]
-    assert [r["index"] for r in records] == list(range(11))
-    assert "error" in records[9] and all("text" in r for i, r in enumerate(records) if i != 9)
+    assert [r["index"] for r in records] == list(range(13))
+    assert [i for i, r in enumerate(records) if "error" in r] == [9, 11, 12]
+    assert "one text" in records[11]["error"] and "JSON object" in records[12]["error"]
     result.write_bytes(whole[:len(whole) // 2])            # killed in the middle of a line
     def interrupted(self):
         raise KeyboardInterrupt
@@ -965,10 +1014,18 @@ def test_batch_resumes(folder, tmp_path, capsys, monkeypatch):
     assert 0 < len(result.read_bytes()) <= len(whole) // 2
     run(capsys, *words)
     assert result.read_bytes() == whole
-    file.write_text('{"prompt": "a"}')                     # another file of the same name
-    with pytest.raises(SystemExit):
-        run(capsys, *words)
-    assert result.read_bytes() == whole and "another file" in capsys.readouterr().err
+    for text in ('{"prompt": "a"}', '{"prompt": "a"}\n' * 20):              # another file of the same name
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            run(capsys, *words)
+        assert result.read_bytes() == whole and "another file" in capsys.readouterr().err
+
+
+def test_nobody_reads_the_log(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(I.http.server.BaseHTTPRequestHandler, "log_message", full)
+    I.Client.__new__(I.Client).log_message("%s", "GET")
 
 
 @pytest.mark.parametrize("command", ["prune", "distill", "medusa", "eagle", "quantize", "diffuse"])
