@@ -1493,7 +1493,8 @@ class Server(socketserver.ThreadingTCPServer):
 class Client(http.server.BaseHTTPRequestHandler):
     """A client and its one request. The library reads the head, and logs each answer's status."""
     protocol_version = default_request_version = request_version = "HTTP/1.1"
-    timeout, disable_nagle_algorithm, requestline, streaming, gone = READ_SECONDS, True, "", False, False
+    timeout, disable_nagle_algorithm, streaming, gone = READ_SECONDS, True, False, False
+    requestline = command = ""                             # until they are read
 
     def handle(self):
         end = time.monotonic() + ASK_SECONDS
@@ -1548,7 +1549,7 @@ class Client(http.server.BaseHTTPRequestHandler):
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(data)
+        self.wfile.write(b"" if self.command == "HEAD" else data)
 
     def send_error(self, status, message=None, explain=None, param=None):
         kind = {429: "rate_limit_error", 500: "server_error"}.get(status, "invalid_request_error")
@@ -1791,7 +1792,7 @@ def run_serve(a):
                          f"--host") from None
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: threading.Thread(target=server.shutdown).start())
-    url = f"http://{a.host}:{server.server_address[1]}/"
+    url = f"http://{f'[{a.host}]' if ':' in a.host else a.host}:{server.server_address[1]}/"
     print(f"{a.name} at {url}v1   chat page {url}   (Ctrl-C or SIGTERM: finish what was asked, then stop)",
           flush=True)
     with server:

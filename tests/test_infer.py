@@ -810,6 +810,9 @@ def test_paths_and_bad_http(service, monkeypatch):
     assert call("GET", "/v1/models")[1]["data"][0] == call("GET", "/v1/models/tiny")[1]
     assert call("GET", "/nothing")[0] == 404 and call("GET", "/v1/completions")[0] == 405
     assert call("DELETE", "/health")[0] == 405
+    with socket.create_connection(("127.0.0.1", call.port), 30) as s:        # no body follows a HEAD
+        s.sendall(b"HEAD /health HTTP/1.1\r\n\r\n")
+        assert s.makefile("rb").read().endswith(b"\r\n\r\n")
     status, reply = call("POST", "/v1/completions", raw=bytes(100_000_000))   # a hundred times what is allowed
     assert status == 413 and "bytes" in reply["error"]["message"]
     for sent, want in ((b"nonsense\r\n\r\n", b"400"), (b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n", b"400"),
