@@ -1549,8 +1549,10 @@ def run_sft(s):
     try:
         with windowed(model, T) if apart else contextlib.nullcontext():
             sft(model, rows, steps, s.lr, s.batch_size, s.micro_batch, s.seed, print)
-    finally:                                               # Ctrl-C keeps what was learned
-        path = save_chat(s.out, model, task)
+    except KeyboardInterrupt:                              # what was learned is kept
+        save_chat(s.out, model, task)
+        raise
+    path = save_chat(s.out, model, task)
     print(f"held out: {held_out_loss():.4f} nats a token; saved {path}")
     if task.template:
         print(f"talk to it:  python infer.py chat --checkpoint {path}")

@@ -743,6 +743,9 @@ def peak_memory(device):
 def report(s, result, tokenizer, train_tokens, val_tokens):
     """The closing table, the plot and one sample."""
     run, held_out, first = result["run"], val_tokens[:s.val_tokens], result["run"].first_val
+    if not math.isfinite(result["val_loss"]):
+        raise FloatingPointError(f"the held-out loss is {result['val_loss']}: the run diverged. Try "
+                                 f"--lr {s.lr / 3:g}")
 
     def text(ids):
         return tokenizer.decode_bytes(ids[ids != tokenizer.eot_id])

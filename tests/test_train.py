@@ -790,6 +790,12 @@ def test_sweep_runs_each_combination_once(data, tmp_path, monkeypatch, capsys):
     assert go(data, tmp_path, *argv) == 0 and len(calls) == 5                # all on disk
 
 
+def test_a_run_that_ends_diverged_says_so(data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(R, "evaluate", lambda *a: (math.nan, 300))
+    assert go(data, tmp_path, "--steps", 1) == 1
+    assert re.fullmatch(r"train.py: stopped: .*diverged. Try --lr [\d.e-]+\n", capsys.readouterr().err)
+
+
 def test_sweep_over_a_budget(data, tmp_path, monkeypatch):
     calls, real = [], R.train
     monkeypatch.setattr(R, "train", lambda s, *a, **kw: calls.append((s.steps, s.minutes)) or real(s, *a, **kw))
